@@ -1,0 +1,54 @@
+"""The parts of a decoder, by dotted module name.
+
+A rotation or a quantizer must know which linears read the residual stream, which write it, and which
+pairs share a head. Those facts are data. `deploy` fills them in for each model family; this package
+never spells a module name itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Dotted module names (FQNs) of one decoder block."""
+
+    attention_norm: str
+    """RMSNorm whose output query, key and value read."""
+    query: str
+    key: str
+    value: str
+    output: str
+    """Linear that writes the attention result back to the residual stream."""
+    mlp_norm: str
+    """RMSNorm whose output gate and up read."""
+    gate: str
+    up: str
+    down: str
+    """Linear that writes the MLP result back to the residual stream."""
+
+    def linears(self) -> tuple[str, ...]:
+        """Return the FQNs of the block's linears in the order in which data meets them."""
+        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class DecoderNames:
+    """Dotted module names and sizes of a pre-norm decoder with gated MLPs."""
+
+    embedding: str
+    blocks: tuple[BlockNames, ...]
+    final_norm: str
+    head: str
+    hidden_size: int
+    intermediate_size: int
+    head_dim: int
+    num_heads: int
+    num_key_value_heads: int
+
+    def linears(self) -> Iterator[str]:
+        """Yield the FQNs of all block linears in depth order (the head is not among them)."""
+        for block in self.blocks:
+            yield from block.linears()
