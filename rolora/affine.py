@@ -1,0 +1,65 @@
+"""Symmetric quantization: the arithmetic that torch and the exported graph share.
+
+For a scale s > 0 and the range [quant_min, quant_max]
+
+    q = clamp(round_half_even(x / s), quant_min, quant_max)          x' = s * q
+
+Activations use a symmetric range (-127..127, -7..7), weights the whole two's complement range but at 8 bits, where
+-128 is left out so that a sum of products stays below 127 * 127 * in_features. Division, not multiplication by 1/s:
+ONNX QuantizeLinear divides, and a reciprocal rounds some ties the other way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-10
+"""Lower bound of run-time scales, so that a token of zeros stays zeros."""
+
+
+def activation_range(bits: int) -> tuple[int, int]:
+    """Return (quant_min, quant_max) of activations with `bits` bits."""
+    quant_max = 2 ** (bits - 1) - 1
+    return -quant_max, quant_max
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """Return (quant_min, quant_max) of weights with `bits` bits."""
+    quant_max = 2 ** (bits - 1) - 1
+    return (-quant_max if bits == 8 else -quant_max - 1), quant_max
+
+
+def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Round to integers.
+
+    Args:
+        x: Values, float, any shape.
+        scale: Positive scales, broadcastable to x.
+        quant_min: Least integer.
+        quant_max: Greatest integer.
+
+    Returns:
+        int8 tensor of x's shape.
+    """
+    return torch.clamp(torch.round(x / scale), quant_min, quant_max).to(torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Return `q * scale` in the dtype of the scale."""
+    return q.to(scale.dtype) * scale
+
+
+def token_scale(x: Tensor, bits: int, clip_ratio: float) -> Tensor:
+    """Return the run-time scale of each token (or of each last-dimension group).
+
+    Args:
+        x: float [..., K].
+        bits: Activation bits.
+        clip_ratio: Part of the absolute maximum that the range covers.
+
+    Returns:
+        float [..., 1].
+    """
+    factor = torch.tensor(clip_ratio / activation_range(bits)[1], dtype=x.dtype, device=x.device)
+    return torch.clamp(x.abs().amax(dim=-1, keepdim=True) * factor, min=SMALLEST_SCALE)

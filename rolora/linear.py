@@ -1,0 +1,157 @@
+"""A linear and an embedding that hold integers and compute with them: the reference of the exported graph.
+
+With activation scale s_x (per tensor or token) and weight scales s_w[out]
+
+    y = s_x * (q_x @ q_w^T) * s_w + bias             the product in exact int32
+
+and with groups g of input columns   y = sum_g s_x[g] * (q_x[g] @ q_w[g]^T) * s_w[:, g] + bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rolora.affine import activation_range, dequantize, quantize, token_scale
+from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+
+
+def integer_matmul(q_x: Tensor, q_w: Tensor) -> Tensor:
+    """Multiply int8 matrices exactly.
+
+    Args:
+        q_x: int8 [T, K].
+        q_w: int8 [N, K].
+
+    Returns:
+        int32 [T, N], equal to the product in exact arithmetic.
+    """
+    return torch._int_mm(q_x.contiguous(), q_w.t())
+
+
+class QuantizedLinear(nn.Module):
+    """A linear with integer weights whose input is quantized before the product.
+
+    Args:
+        weight: int8 [out, in].
+        weight_scale: float32 [out] or [out, groups].
+        bias: float32 [out] or None.
+        weight_spec: How the weight is stored.
+        activation: How the input is quantized.
+        input_scale: float32 scalar; needed by, and only by, TENSOR granularity.
+
+    Raises:
+        ValueError: `input_scale` and the granularity contradict each other.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        weight_spec: WeightSpec,
+        activation: ActivationSpec,
+        input_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if (activation.granularity is Granularity.TENSOR) != (input_scale is not None):
+            raise ValueError(
+                f"input scale: {activation.granularity} granularity "
+                + ("needs one, got none" if input_scale is None else "takes none, got one")
+            )
+        self.weight_spec = weight_spec
+        self.activation = activation
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
+
+    @property
+    def in_features(self) -> int:
+        """Number of input columns K."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Number of output channels N."""
+        return self.weight.shape[0]
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize an input.
+
+        Args:
+            x: float32 [T, K].
+
+        Returns:
+            int8 [T, K] and its scale: [] (TENSOR), [T, 1] (TOKEN) or [T, groups, 1] (GROUP).
+        """
+        spec = self.activation
+        quant_min, quant_max = activation_range(spec.bits)
+        if spec.granularity is Granularity.GROUP:
+            grouped = x.reshape(x.shape[0], -1, spec.group_size or x.shape[1])
+            scale = token_scale(grouped, spec.bits, spec.clip_ratio)
+            return quantize(grouped, scale, quant_min, quant_max).reshape(x.shape), scale
+        scale = token_scale(x, spec.bits, spec.clip_ratio) if self.input_scale is None else self.input_scale
+        return quantize(x, scale, quant_min, quant_max), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return float32 [..., out] for float32 [..., in]."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        q_x, scale = self.quantize_input(flat)
+        if self.activation.granularity is Granularity.GROUP:
+            y = self._grouped_product(q_x, scale)
+        else:
+            y = integer_matmul(q_x, self.weight).float() * self.weight_scale * scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _grouped_product(self, q_x: Tensor, scale: Tensor) -> Tensor:
+        """Sum the exact products of each group of columns, weighted by both scales; float32 [T, N]."""
+        width = self.activation.group_size or self.in_features
+        y = torch.zeros(q_x.shape[0], self.out_features)
+        for group, start in enumerate(range(0, self.in_features, width)):
+            columns = slice(start, start + width)
+            product = integer_matmul(q_x[:, columns], self.weight[:, columns].contiguous())
+            y += product.float() * scale[:, group] * self.weight_scale[:, group]
+        return y
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the weight that the integers stand for, float32 [out, in]."""
+        if self.weight_spec.group_size is None:
+            return dequantize(self.weight, self.weight_scale[:, None])
+        grouped = self.weight.reshape(self.out_features, -1, self.weight_spec.group_size)
+        return dequantize(grouped, self.weight_scale[:, :, None]).reshape(self.weight.shape)
+
+    def extra_repr(self) -> str:
+        """Describe bits and granularity."""
+        return (
+            f"in={self.in_features}, out={self.out_features}, weight={self.weight_spec.bits} bits per "
+            f"{self.weight_spec.granularity}, input={self.activation.bits} bits per {self.activation.granularity}"
+        )
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding table of 8-bit rows, each with its scale.
+
+    Args:
+        weight: int8 [V, D].
+        weight_scale: float32 [V].
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return float32 [..., D] for token ids int64 [...]."""
+        return dequantize(self.weight[ids], self.weight_scale[ids][..., None])
