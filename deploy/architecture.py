@@ -1,0 +1,227 @@
+"""Model families: which module plays which part. The only place that spells module names.
+
+The four families share one layout: pre-norm blocks with RMSNorm, rotary attention and a gated SiLU
+MLP. They differ in biases (found on the modules themselves), in q/k norms and in where a sliding
+attention window applies. What a config may ask for beyond that is refused here, before any weight
+is read, because a rotation or a graph that ignored it would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from deploy.errors import ConfigError, UnsupportedModelError
+from rolora.decoder import BlockNames, DecoderNames
+
+
+class DecoderConfig(Protocol):
+    """The fields of a transformers config that every family has."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    hidden_act: str
+
+
+class WindowRule(StrEnum):
+    """Which layers of a family attend through a sliding window."""
+
+    NONE = "none"
+    EVERY_LAYER = "every layer"
+    LAYER_TYPES = "layer types"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one model family apart from the common layout."""
+
+    has_qk_norms: bool
+    window: WindowRule
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(has_qk_norms=False, window=WindowRule.NONE),
+    "mistral": Family(has_qk_norms=False, window=WindowRule.EVERY_LAYER),
+    "qwen2": Family(has_qk_norms=False, window=WindowRule.LAYER_TYPES),
+    "qwen3": Family(has_qk_norms=True, window=WindowRule.LAYER_TYPES),
+}
+"""By `model_type` of config.json."""
+
+TARGET_PARTS: Mapping[str, str] = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "o": "output",
+    "gate": "gate",
+    "up": "up",
+    "down": "down",
+}
+"""Name of a target on the command line, to the field of `BlockNames`."""
+
+ALL_TARGETS = "all"
+
+
+@dataclass(frozen=True)
+class QueryKeyNorms:
+    """FQNs of the RMSNorms over each head of the queries and keys of one block."""
+
+    query: str
+    key: str
+
+
+def family_of(model_type: str, where: str = "model") -> Family:
+    """Return the family of a `model_type`.
+
+    Args:
+        model_type: as in config.json.
+        where: model named in the message.
+
+    Raises:
+        UnsupportedModelError: not one of `FAMILIES`.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def decoder_names(config: DecoderConfig) -> DecoderNames:
+    """Name the parts of a decoder.
+
+    Args:
+        config: transformers config of a `*ForCausalLM`.
+
+    Raises:
+        UnsupportedModelError: another family, or a feature that we do not handle.
+    """
+    family_of(config.model_type)
+    _refuse_unhandled_features(config)
+    return DecoderNames(
+        embedding="model.embed_tokens",
+        blocks=tuple(_block_names(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
+        final_norm="model.norm",
+        head="lm_head",
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        head_dim=_head_dim(config),
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+    )
+
+
+def qk_norms(config: DecoderConfig) -> tuple[QueryKeyNorms, ...]:
+    """Return the q/k norms of each block, or nothing for a family that has none."""
+    if not family_of(config.model_type).has_qk_norms:
+        return ()
+    return tuple(
+        QueryKeyNorms(
+            query=f"model.layers.{i}.self_attn.q_norm", key=f"model.layers.{i}.self_attn.k_norm"
+        )
+        for i in range(config.num_hidden_layers)
+    )
+
+
+def sliding_window_per_layer(config: DecoderConfig) -> list[int | None]:
+    """Return for each layer how many tokens it attends to, itself included; None is all.
+
+    Raises:
+        UnsupportedModelError: a layer type that is neither full nor sliding attention, or a family
+            with one window for every layer whose config names layer types too.
+    """
+    family = family_of(config.model_type)
+    window: int | None = getattr(config, "sliding_window", None)
+    layer_types: Sequence[str] | None = getattr(config, "layer_types", None)
+    count = config.num_hidden_layers
+    if family.window is WindowRule.NONE or window is None:
+        return [None] * count
+    if family.window is WindowRule.EVERY_LAYER:
+        if layer_types is not None and set(layer_types) != {"sliding_attention"}:
+            raise UnsupportedModelError(
+                f"model type {config.model_type!r} with layer_types {sorted(set(layer_types))}: this "
+                "family has one window for every layer"
+            )
+        return [window] * count
+    windows = {"full_attention": None, "sliding_attention": window}
+    unknown = sorted(set(layer_types or ()) - windows.keys())
+    if layer_types is None or unknown or len(layer_types) != count:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r}: layer_types must name {count} layers of "
+            f"{' or '.join(windows)}, got {layer_types}"
+        )
+    return [windows[kind] for kind in layer_types]
+
+
+def resolve_targets(names: DecoderNames, targets: str) -> list[str]:
+    """Turn `q,v` or `all` into the FQNs of the linears meant, in depth order.
+
+    Args:
+        names: from `decoder_names`.
+        targets: comma-separated keys of `TARGET_PARTS`, or `all`.
+
+    Raises:
+        ConfigError: an unknown target, or none.
+    """
+    chosen = [target.strip() for target in targets.split(",") if target.strip()]
+    known = f"{', '.join(TARGET_PARTS)} or {ALL_TARGETS}"
+    unknown = [target for target in chosen if target not in {*TARGET_PARTS, ALL_TARGETS}]
+    if unknown or not chosen:
+        got = ", ".join(unknown) or "none"
+        raise ConfigError(
+            f"--targets {targets!r}: expected {known}, separated by commas; got {got}"
+        )
+    if ALL_TARGETS in chosen:
+        return list(names.linears())
+    parts = {TARGET_PARTS[target] for target in chosen}
+    return [
+        getattr(block, part)
+        for block in names.blocks
+        for part in TARGET_PARTS.values()
+        if part in parts
+    ]
+
+
+def _block_names(prefix: str) -> BlockNames:
+    return BlockNames(
+        attention_norm=f"{prefix}.input_layernorm",
+        query=f"{prefix}.self_attn.q_proj",
+        key=f"{prefix}.self_attn.k_proj",
+        value=f"{prefix}.self_attn.v_proj",
+        output=f"{prefix}.self_attn.o_proj",
+        mlp_norm=f"{prefix}.post_attention_layernorm",
+        gate=f"{prefix}.mlp.gate_proj",
+        up=f"{prefix}.mlp.up_proj",
+        down=f"{prefix}.mlp.down_proj",
+    )
+
+
+def _head_dim(config: DecoderConfig) -> int:
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _refuse_unhandled_features(config: DecoderConfig) -> None:
+    faults = []
+    if config.hidden_act not in ("silu", "swish"):
+        faults.append(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        faults.append(f"partial_rotary_factor is {factor}, expected 1.0")
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if experts:
+        faults.append(f"a mixture of {experts} experts, expected one dense MLP")
+    if config.num_attention_heads % config.num_key_value_heads:
+        faults.append(
+            f"{config.num_attention_heads} attention heads are no multiple of "
+            f"{config.num_key_value_heads} key/value heads"
+        )
+    if faults:
+        raise UnsupportedModelError(f"model type {config.model_type!r}: {'; '.join(faults)}")
+    sliding_window_per_layer(config)
