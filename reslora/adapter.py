@@ -1,0 +1,244 @@
+"""An adapter on disk and in memory.
+
+The format is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, keys
+`base_model.model.<fqn>.lora_A.weight`), so a plain LoRA adapter made here loads in PEFT and one made
+by PEFT loads here. An adapter with a shortcut has `peft_type` RESLORA and the keys `structure` and
+`depth`: PEFT refuses it, where reading it as a LoRA would silently drop the shortcut.
+
+Loading trusts nothing: every tensor is checked against the configuration before it is handed out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reslora.attach import ADAPTER_NAME, RESLORA_TYPE, attached_config
+from reslora.config import ALL_PREVIOUS, AdapterConfig, Structure
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+_KEY_PREFIX = "base_model.model."
+_SIDES = ("lora_A", "lora_B")
+_FOREIGN_OPTIONS = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""PEFT options that change what the tensors mean; an adapter that uses one is refused."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained blocks: what they mean and their factors."""
+
+    config: AdapterConfig
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """FQN of the linear to (A [rank, in], B [out, rank])."""
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return FQN to (out_features, in_features) of the linears the adapter was trained on."""
+        return {fqn: (b.shape[0], a.shape[1]) for fqn, (a, b) in self.factors.items()}
+
+
+def adapter_tensors(
+    peft_model: PeftModel, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the adapter's tensors under PEFT's file keys, on the CPU.
+
+    Args:
+        peft_model: A model made by `attach_adapters`.
+        state_dict: Its gathered state dict where parameters are sharded; read from the model if None.
+    """
+    suffix = f".{ADAPTER_NAME}.weight"
+    named = peft_model.named_parameters() if state_dict is None else state_dict.items()
+    return {
+        name.removesuffix(suffix) + ".weight": tensor.detach().to("cpu").contiguous()
+        for name, tensor in named
+        if name.endswith(suffix) and any(f".{side}." in name for side in _SIDES)
+    }
+
+
+def save_adapter(
+    peft_model: PeftModel,
+    config: AdapterConfig,
+    directory: Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`.
+
+    Args:
+        peft_model: A model made by `attach_adapters`.
+        config: The configuration it was attached with.
+        directory: Created if missing.
+        state_dict: See `adapter_tensors`.
+
+    Raises:
+        ValueError: The model was attached with another configuration, or a tensor is not finite;
+            nothing is written.
+    """
+    held = attached_config(peft_model)
+    if held != config:
+        raise ValueError(
+            f"cannot save adapter: model was attached with {held}, asked to save {config}"
+        )
+    tensors = adapter_tensors(peft_model, state_dict)
+    for key, tensor in tensors.items():
+        _refuse_non_finite(tensor, key, "trained adapter", "lower the learning rate and train again")
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    peft_config = peft_model.peft_config[ADAPTER_NAME].to_dict()
+    text = json.dumps(_plain({**peft_config, "inference_mode": True}), indent=2, sort_keys=True)
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_adapter(directory: Path) -> Adapter:
+    """Read an adapter written by `save_adapter`, or a plain LoRA adapter written by PEFT.
+
+    Raises:
+        ValueError: A file is missing or damaged, the adapter is of a kind this package cannot merge
+            exactly, or a tensor is missing, of wrong shape or not finite. The message names file and
+            key.
+    """
+    config = _read_config(directory / CONFIG_FILE)
+    path = directory / WEIGHTS_FILE
+    tensors = _read_tensors(path)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        fqn, side = _parse_key(key, path)
+        _refuse_non_finite(tensor, key, str(path), "the training run diverged: train again")
+        pairs.setdefault(fqn, {})[side] = tensor
+    if not pairs:
+        raise ValueError(f"{path}: holds no adapter tensors; train the adapter again")
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for fqn, pair in pairs.items():
+        for side in _SIDES:
+            if side not in pair:
+                raise ValueError(f"{path}: key {_KEY_PREFIX}{fqn}.{side}.weight is missing")
+        a, b = pair["lora_A"], pair["lora_B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != config.rank or b.shape[1] != config.rank:
+            raise ValueError(
+                f"{path}: {fqn}: expected lora_A [{config.rank}, in] and lora_B [out, "
+                f"{config.rank}] as {CONFIG_FILE} says, got {list(a.shape)} and {list(b.shape)}"
+            )
+        factors[fqn] = (a, b)
+    return Adapter(config, factors)
+
+
+def restore_adapter(peft_model: PeftModel, directory: Path) -> None:
+    """Load a saved adapter's tensors back into the attached model they came from.
+
+    Raises:
+        ValueError: As `load_adapter`; or the adapter's configuration or layers are not the model's.
+            The model is unchanged then.
+    """
+    adapter = load_adapter(directory)
+    held = attached_config(peft_model)
+    if adapter.config != held:
+        raise ValueError(f"{directory}: adapter has {adapter.config}, the model has {held}")
+    base = peft_model.get_base_model()
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    if layers.keys() != adapter.factors.keys():
+        differing = sorted(layers.keys() ^ adapter.factors.keys())
+        raise ValueError(f"{directory}: adapter and model differ in layers: {differing[:5]}")
+    for fqn, (a, b) in adapter.factors.items():
+        layer = layers[fqn]
+        expected = (layer.out_features, layer.in_features)
+        if (b.shape[0], a.shape[1]) != expected:
+            raise ValueError(
+                f"{directory}: {fqn}: adapter is for a linear {[b.shape[0], a.shape[1]]}, "
+                f"the model's is {list(expected)}"
+            )
+    with torch.no_grad():
+        for fqn, (a, b) in adapter.factors.items():
+            layers[fqn].lora_A[ADAPTER_NAME].weight.copy_(a)
+            layers[fqn].lora_B[ADAPTER_NAME].weight.copy_(b)
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; expected an adapter directory") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: unreadable ({error}); train or copy the adapter again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    kind = values.get("peft_type")
+    if kind not in ("LORA", RESLORA_TYPE):
+        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA' or '{RESLORA_TYPE}'")
+    foreign = [name for name in _FOREIGN_OPTIONS if values.get(name)]
+    if values.get("bias", "none") != "none":
+        foreign.append("bias")
+    if foreign:
+        raise ValueError(
+            f"{path}: uses PEFT options that are not supported here: {', '.join(foreign)}; "
+            "merge it with PEFT and use the merged model"
+        )
+    try:
+        rank, alpha = int(values["r"]), float(values["lora_alpha"])
+        dropout = float(values.get("lora_dropout") or 0.0)
+        if kind == "LORA":
+            return AdapterConfig(rank, alpha, dropout)
+        structure = Structure(values["structure"])
+        return AdapterConfig(rank, alpha, dropout, structure, int(values["depth"]))
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; an adapter needs it beside {CONFIG_FILE}")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error}); copy or train the adapter again") from None
+
+
+def _parse_key(key: str, path: Path) -> tuple[str, str]:
+    for side in _SIDES:
+        suffix = f".{side}.weight"
+        if key.startswith(_KEY_PREFIX) and key.endswith(suffix):
+            return key.removeprefix(_KEY_PREFIX).removesuffix(suffix), side
+    raise ValueError(
+        f"{path}: unexpected key {key!r}, expected {_KEY_PREFIX}<module>.lora_A|lora_B.weight; "
+        "adapters that train anything else are not supported"
+    )
+
+
+def _refuse_non_finite(tensor: Tensor, key: str, where: str, advice: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected a float")
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(f"{where}: {key} holds {bad} NaN or infinite values; {advice}")
+
+
+def _plain(value: Any) -> Any:
+    """Turn sets into sorted lists, so that the same adapter gives the same bytes."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value

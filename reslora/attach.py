@@ -1,0 +1,166 @@
+"""Attach adapters to a model's linears, and take them off again.
+
+PEFT does the wrapping: a LoRA configuration with a custom module class where the structure needs one.
+Forward hooks that a caller puts on the wrapped module afterwards (online rotations) see the input of
+both branches, because PEFT's layer contains the base layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from reslora.chains import find_chains
+from reslora.config import ALL_PREVIOUS, AdapterConfig, Structure
+from reslora.layers import BlockShortcutLinear, LiveChain
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_NAME = "default"
+RESLORA_TYPE = "RESLORA"
+"""Written as `peft_type` for adapters with a shortcut: PEFT knows no such type and refuses to load
+them, where it would otherwise drop the shortcut silently."""
+
+SHORTCUT_LAYERS: dict[Structure, type[BlockShortcutLinear]] = {Structure.BLOCK: BlockShortcutLinear}
+"""Layer class of each structure that can be trained. A new structure starts here."""
+
+
+@dataclass
+class ShortcutLoraConfig(LoraConfig):
+    """PEFT's LoRA configuration that remembers the shortcut, and says so whenever it is written."""
+
+    structure: str | None = field(default=None)
+    depth: int = field(default=ALL_PREVIOUS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; a configuration with a shortcut is of no type PEFT would load."""
+        values: dict[str, Any] = super().to_dict()
+        if self.structure is None:
+            del values["structure"], values["depth"]
+        else:
+            values["peft_type"] = RESLORA_TYPE
+        return values
+
+
+def attach_adapters(
+    model: nn.Module, config: AdapterConfig, target_fqns: Sequence[str], *, seed: int = 0
+) -> PeftModel:
+    """Put a LoRA or ResLoRA block on each target linear; only the blocks are trainable.
+
+    Args:
+        model: A transformers model; its modules are replaced in place.
+        config: The adapter. Structures `input` and `middle` are refused for now.
+        target_fqns: Dotted names of `nn.Linear` modules.
+        seed: Seed of the A matrices; the global generator is left as it was.
+
+    Returns:
+        The PEFT model around `model`.
+
+    Invariant: B starts at zero, so the wrapped model computes what `model` computed.
+
+    Raises:
+        ValueError: No target, a target that is missing or no linear, a structure that cannot be trained
+            yet, or a model that already carries adapters.
+    """
+    if config.structure is not None and config.structure not in SHORTCUT_LAYERS:
+        known = ", ".join(SHORTCUT_LAYERS)
+        raise ValueError(
+            f"structure {config.structure.value!r} is not available yet: expected one of {known}; "
+            f"use structure {Structure.BLOCK.value!r}, which also merges exactly"
+        )
+    shapes = _target_shapes(model, target_fqns)
+    peft_config = ShortcutLoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.rank,
+        lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(shapes),
+        bias="none",
+        structure=None if config.structure is None else config.structure.value,
+        depth=config.depth,
+    )
+    if config.structure is not None:
+        peft_config._register_custom_module({nn.Linear: SHORTCUT_LAYERS[config.structure]})
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, peft_config, adapter_name=ADAPTER_NAME)
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if set(wrapped) != set(shapes):
+        surplus = sorted(set(wrapped) ^ set(shapes))
+        raise ValueError(f"adapter targets and wrapped modules differ: {', '.join(surplus[:5])}")
+    if config.structure is not None:
+        _link_chains(model, config, shapes)
+    return peft_model
+
+
+def detach_adapters(peft_model: PeftModel) -> nn.Module:
+    """Take the adapters off without merging them.
+
+    Hooks registered on the wrapped layers go with those layers; the caller removes them by its handles.
+
+    Returns:
+        The model that was given to `attach_adapters`.
+
+    Invariant: the returned model's weights are bit for bit those before attaching.
+    """
+    base: nn.Module = peft_model.unload()
+    return base.requires_grad_(True)
+
+
+def attached_config(peft_model: PeftModel) -> AdapterConfig:
+    """Return the configuration a model made by `attach_adapters` was given."""
+    held = peft_model.peft_config[ADAPTER_NAME]
+    if not isinstance(held, ShortcutLoraConfig):
+        raise TypeError(
+            f"model carries a {type(held).__name__}, expected one made by attach_adapters; "
+            "attach the adapter with reslora.attach.attach_adapters"
+        )
+    return AdapterConfig(
+        rank=held.r,
+        alpha=float(held.lora_alpha),
+        dropout=held.lora_dropout,
+        structure=None if held.structure is None else Structure(held.structure),
+        depth=held.depth,
+    )
+
+
+def _target_shapes(model: nn.Module, target_fqns: Sequence[str]) -> dict[str, tuple[int, int]]:
+    if not target_fqns:
+        raise ValueError("no target modules: the adapter would change nothing; name at least one")
+    modules = dict(model.named_modules())
+    if any(isinstance(module, LoraLayer) for module in modules.values()):
+        raise ValueError("model already carries adapters: detach or merge them first")
+    shapes: dict[str, tuple[int, int]] = {}
+    for fqn in target_fqns:
+        module = modules.get(fqn)
+        if module is None:
+            raise ValueError(f"target {fqn}: the model has no such module; check the target names")
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"target {fqn}: expected nn.Linear, got {type(module).__name__}")
+        shapes[fqn] = (module.out_features, module.in_features)
+    return shapes
+
+
+def _link_chains(
+    model: nn.Module, config: AdapterConfig, shapes: dict[str, tuple[int, int]]
+) -> None:
+    for chain in find_chains(shapes):
+        if chain.break_reason is not None:
+            logger.warning("shortcut chain %s starts anew: %s", chain.kind, chain.break_reason)
+        layers: list[BlockShortcutLinear] = []
+        for fqn in chain.fqns:
+            layer = model.get_submodule(fqn)
+            if not isinstance(layer, BlockShortcutLinear):
+                raise TypeError(f"{fqn}: peft made a {type(layer).__name__}, no shortcut layer")
+            layers.append(layer)
+        link = LiveChain(chain, layers, config.reach)
+        for position, layer in enumerate(layers):
+            layer.join(link, position, ADAPTER_NAME)
