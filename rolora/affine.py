@@ -4,9 +4,9 @@ For a scale s > 0 and the range [quant_min, quant_max]
 
     q = clamp(round_half_even(x / s), quant_min, quant_max)          x' = s * q
 
-Activations use a symmetric range (-127..127, -7..7), weights the whole two's complement range but at 8 bits, where
--128 is left out so that a sum of products stays below 127 * 127 * in_features. Division, not multiplication by 1/s:
-ONNX QuantizeLinear divides, and a reciprocal rounds some ties the other way.
+Both use the two's complement range (-128..127, -8..7) with s = absmax / quant_max (QuaRot, arXiv:2404.00456), but for
+weights of 8 bits -128 is left out: nothing is gained by it. Division, not multiplication by 1/s: ONNX
+QuantizeLinear divides, and a reciprocal rounds some ties the other way.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ SMALLEST_SCALE = 1e-10
 
 def activation_range(bits: int) -> tuple[int, int]:
     """Return (quant_min, quant_max) of activations with `bits` bits."""
-    quant_max = 2 ** (bits - 1) - 1
-    return -quant_max, quant_max
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def weight_range(bits: int) -> tuple[int, int]:

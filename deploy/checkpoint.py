@@ -1,0 +1,267 @@
+"""A merged, rotated and quantized checkpoint: how it is written, read lazily, and rebuilt as a torch model.
+
+The directory holds `config.json` (with an untied head), the tokenizer, `model.safetensors` and the manifest. Tensors keep
+the model's own names; a quantized linear adds its scales:
+
+    <fqn>.weight        int8 [out, in], or uint8 [out, in / 2] for 4 bits (rolora.packing)
+    <fqn>.weight_scale  float32 [out] or [out, groups]
+    <fqn>.input_scale   float32 scalar, where the input has a static scale
+    <fqn>.bias          float32 [out], where the linear has one
+
+The format of each linear, the embedding and the rotation stand in the manifest's details.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from deploy.architecture import decoder_names
+from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
+from deploy.errors import ArtifactError
+from rolora.decoder import DecoderNames
+from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.online import install_online_rotations
+from rolora.packing import pack_int4, unpack_int4
+from rolora.quantize import LayerPlan
+from rolora.rotation import RotationPlan
+from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+
+WEIGHTS_NAME = "model.safetensors"
+_ROTATION_PREFIX = "rotation."
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One linear of a checkpoint: its sizes, and its format if it is quantized."""
+
+    fqn: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    weight: WeightSpec
+    """How the weight is stored; 32 bits is float."""
+    activation: ActivationSpec | None
+    """How the input is quantized; None for a float linear."""
+
+
+class Checkpoint:
+    """Reads a checkpoint directory without loading it.
+
+    Args:
+        directory: A directory that `merge-rotate-quantize` wrote.
+        verify: Compare every file with the manifest's sha256 first.
+
+    Raises:
+        StageOrderError: The directory is not such a checkpoint.
+        ArtifactError: A file is missing or damaged.
+    """
+
+    def __init__(self, directory: Path, *, verify: bool = True) -> None:
+        self.directory = directory
+        self.manifest = read_manifest(directory, ArtifactKind.CHECKPOINT)
+        if verify:
+            verify_files(directory)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        self.names: DecoderNames = decoder_names(self.config)
+        self._formats = _formats_from_details(self.manifest.details, directory)
+        self._files = ExitStack()
+        try:
+            self._tensors = self._files.enter_context(safe_open(directory / WEIGHTS_NAME, framework="np"))
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again") from error
+        self._keys = frozenset(self._tensors.keys())
+        self.rotation = self._read_rotation()
+
+    def close(self) -> None:
+        """Release the mapped weights."""
+        self._files.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def has(self, key: str) -> bool:
+        """Return whether a tensor is stored."""
+        return key in self._keys
+
+    def keys(self) -> frozenset[str]:
+        """Return the names of all stored tensors."""
+        return self._keys
+
+    def array(self, key: str) -> np.ndarray:
+        """Read one tensor as stored.
+
+        Raises:
+            ArtifactError: There is no such tensor.
+        """
+        if key not in self._keys:
+            raise ArtifactError(f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the checkpoint again")
+        array: np.ndarray = self._tensors.get_tensor(key)
+        return array
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the stored shape of a tensor without reading it.
+
+        Raises:
+            ArtifactError: There is no such tensor.
+        """
+        if key not in self._keys:
+            raise ArtifactError(f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the checkpoint again")
+        return tuple(self._tensors.get_slice(key).get_shape())
+
+    def linear(self, fqn: str) -> StoredLinear:
+        """Describe one linear."""
+        plan = self._formats.get(fqn)
+        weight = WeightSpec(32) if plan is None else plan.weight
+        rows, columns = self.shape(f"{fqn}.weight")
+        return StoredLinear(
+            fqn=fqn,
+            in_features=columns * 2 if weight.bits == 4 else columns,
+            out_features=rows,
+            has_bias=self.has(f"{fqn}.bias"),
+            weight=weight,
+            activation=None if plan is None else plan.activation,
+        )
+
+    def integers(self, linear: StoredLinear) -> np.ndarray:
+        """Read the integers of a quantized linear, int8 [out, in], unpacked."""
+        stored = self.array(f"{linear.fqn}.weight")
+        if linear.weight.bits != 4:
+            return stored
+        return unpack_int4(torch.from_numpy(stored)).numpy()
+
+    def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the float32 factors (left, right) of R4, or None where nothing is rotated online."""
+        if self.rotation is None or self.rotation.r4 is None:
+            return None
+        return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
+
+    def load_model(self) -> PreTrainedModel:
+        """Rebuild the torch model: integer modules where the checkpoint has integers, online rotations installed."""
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+        for fqn in (*self.names.linears(), self.names.head):
+            linear = self.linear(fqn)
+            if linear.activation is not None:
+                _set_module(model, fqn, self._quantized_linear(linear))
+        embedding = self.names.embedding
+        if self.has(f"{embedding}.weight_scale"):
+            table, scale = self._tensor(f"{embedding}.weight"), self._tensor(f"{embedding}.weight_scale")
+            _set_module(model, embedding, QuantizedEmbedding(table, scale))
+        remaining = {
+            name: self._tensor(name) for name, parameter in model.named_parameters() if parameter.device.type == "meta"
+        }
+        model.load_state_dict(remaining, strict=False, assign=True)
+        _restore_buffers(model, self.config)
+        if self.rotation is not None:
+            install_online_rotations(model, self.rotation, self.names)
+        return model.eval()
+
+    def _tensor(self, key: str) -> Tensor:
+        return torch.from_numpy(self.array(key))
+
+    def _quantized_linear(self, linear: StoredLinear) -> QuantizedLinear:
+        assert linear.activation is not None
+        fqn = linear.fqn
+        static = linear.activation.granularity is Granularity.TENSOR
+        return QuantizedLinear(
+            torch.from_numpy(self.integers(linear)),
+            self._tensor(f"{fqn}.weight_scale"),
+            self._tensor(f"{fqn}.bias") if linear.has_bias else None,
+            linear.weight,
+            linear.activation,
+            self._tensor(f"{fqn}.input_scale") if static else None,
+        )
+
+    def _read_rotation(self) -> RotationPlan | None:
+        metadata = self.manifest.details.get("rotation")
+        if metadata is None:
+            return None
+        tensors = {
+            key.removeprefix(_ROTATION_PREFIX): self._tensor(key) for key in self._keys if key.startswith(_ROTATION_PREFIX)
+        }
+        try:
+            return RotationPlan.from_saved(metadata, tensors)
+        except ValueError as error:
+            raise ArtifactError(f"{self.directory}: the saved rotation is damaged: {error}") from error
+
+
+def write_weights(directory: Path, model: nn.Module, rotation: RotationPlan | None) -> None:
+    """Write the tensors of a (quantized) decoder and of its rotation as `model.safetensors`.
+
+    Args:
+        directory: An artifact that is being written.
+        model: After `quantize_decoder`, or a float decoder with an untied head.
+        rotation: The rotation fused into it, or None.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = {
+        f"{fqn}.weight"
+        for fqn, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and module.weight_spec.bits == 4
+    }
+    for name, tensor in model.state_dict().items():
+        tensors[name] = pack_int4(tensor) if name in packed else tensor.detach().contiguous()
+    if rotation is not None:
+        tensors |= {f"{_ROTATION_PREFIX}{name}": tensor for name, tensor in rotation.to_tensors().items()}
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Return about how many bytes `write_weights` will write (4-bit weights counted unpacked)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:
+    """Return the format of each quantized linear as plain data for the manifest."""
+    return {
+        plan.fqn: {
+            "weight_bits": plan.weight.bits,
+            "weight_group_size": plan.weight.group_size,
+            "activation_bits": plan.activation.bits,
+            "activation_granularity": str(plan.activation.granularity),
+            "activation_clip_ratio": plan.activation.clip_ratio,
+        }
+        for plan in plans
+    }
+
+
+def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, LayerPlan]:
+    """Read what `formats_to_details` wrote."""
+    formats = {}
+    for fqn, raw in details.get("linears", {}).items():
+        try:
+            weight = WeightSpec(raw["weight_bits"], raw["weight_group_size"])
+            granularity = Granularity(raw["activation_granularity"])
+            group_size = weight.group_size if granularity is Granularity.GROUP else None
+            activation = ActivationSpec(raw["activation_bits"], granularity, raw["activation_clip_ratio"], group_size)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{where}: the manifest's format of {fqn} is unreadable: {error!r}") from error
+        formats[fqn] = LayerPlan(fqn, weight, activation, fqn)
+    return formats
+
+
+def _set_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
+    parent, _, child = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _restore_buffers(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies) anew, off the meta device."""
+    for name, module in list(model.named_modules()):
+        on_meta = any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False))
+        if on_meta:
+            _set_module(model, name, type(module)(config=config))

@@ -1,0 +1,262 @@
+"""The decoder as an ONNX graph, as small as ONNX Runtime GenAI's own builder makes it.
+
+    input_ids -> embedding -> blocks -> final norm -> head -> logits
+
+Per block: skip-norm, packed q/k/v, GroupQueryAttention with the rotary embedding inside, output projection, skip-norm,
+gate and up, SiLU (QuickGelu with alpha 1), the online rotation R4 where the checkpoint has one, down. An input is
+quantized once for all the linears that read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
+from deploy.checkpoint import Checkpoint
+from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
+from deploy.linear_ops import QuantizedInput, float_linear, integer_linear, nbits_linear, quantize_input
+from rolora.decoder import BlockNames
+from rolora.scheme import Granularity
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Values that every attention layer shares."""
+
+    seqlens_k: ir.Value
+    """int32 [B]: index of the last valid position of each sequence."""
+    total_length: ir.Value
+    """int32 scalar: length of the longest sequence, past and present."""
+    cos: ir.Value
+    sin: ir.Value
+
+
+class DecoderGraph:
+    """Assembles the graph of one checkpoint.
+
+    Args:
+        checkpoint: A rotated or unrotated, quantized or float checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.names = checkpoint.names
+        self.graph = GraphBuilder("decoder")
+
+    def build(self) -> ir.Model:
+        """Return the model with lazy weights; saving it reads them from the checkpoint."""
+        names, graph = self.names, self.graph
+        input_ids = graph_value("input_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
+        mask = graph_value("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
+        inputs, outputs = [input_ids, mask], []
+        attention = self._attention_inputs(mask)
+        stream, delta = self._embed(input_ids), None
+        windows = sliding_window_per_layer(self.config)
+        head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
+        cache = ("batch_size", names.num_key_value_heads)
+        for layer, block in enumerate(names.blocks):
+            past = [
+                graph_value(
+                    f"past_key_values.{layer}.{part}",
+                    ir.DataType.FLOAT,
+                    (*cache, "past_sequence_length", names.head_dim),
+                )
+                for part in ("key", "value")
+            ]
+            inputs += past
+            normed, stream = self._norm(block.attention_norm, stream, delta)
+            delta, present = self._attention(block, head_norms[layer], normed, past, attention, windows[layer])
+            for part, value in zip(("key", "value"), present, strict=True):
+                shape = (*cache, "total_sequence_length", names.head_dim)
+                outputs.append(name_output(value, f"present.{layer}.{part}", ir.DataType.FLOAT, shape))
+            normed, stream = self._norm(block.mlp_norm, stream, delta)
+            delta = self._mlp(block, normed)
+        normed, _ = self._norm(names.final_norm, stream, delta)
+        logits = self._linear([names.head], normed, self._quantized(names.head, normed), "lm_head")
+        shape = ("batch_size", "sequence_length", self.config.vocab_size)
+        return graph.build(inputs, [name_output(logits, "logits", ir.DataType.FLOAT, shape), *outputs])
+
+    def _embed(self, input_ids: ir.Value) -> ir.Value:
+        """Look the tokens up; int8 rows are scaled after the lookup."""
+        key = self.names.embedding
+        shape = self.checkpoint.shape(f"{key}.weight")
+        quantized = self.checkpoint.has(f"{key}.weight_scale")
+        dtype = ir.DataType.INT8 if quantized else ir.DataType.FLOAT
+        table = self.graph.lazy_weight(
+            f"{key}.weight", dtype, shape, lambda: ir.tensor(self.checkpoint.array(f"{key}.weight"))
+        )
+        rows = self.graph.value("Gather", [table, input_ids], "embedding/Gather")
+        if not quantized:
+            return rows
+        scales = self.checkpoint.array(f"{key}.weight_scale").reshape(-1, 1)
+        scale = self.graph.weight(f"{key}.weight_scale", ir.tensor(scales))
+        row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
+        as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
+        return self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
+
+    def _attention_inputs(self, mask: ir.Value) -> AttentionInputs:
+        """Derive lengths from the attention mask, and tabulate the rotary embedding."""
+        graph = self.graph
+        lengths = graph.value(
+            "ReduceSum", [mask, graph.constant(np.array([1], np.int64))], "mask/ReduceSum", keepdims=0
+        )
+        last = graph.value("Sub", [lengths, graph.constant(np.int64(1))], "mask/Sub")
+        seqlens_k = graph.value("Cast", [last], "mask/seqlens_k/Cast", to=ir.DataType.INT32)
+        shape = graph.value("Shape", [mask], "mask/Shape")
+        total = graph.value("Gather", [shape, graph.constant(np.int64(1))], "mask/Gather", axis=0)
+        total_length = graph.value("Cast", [total], "mask/total/Cast", to=ir.DataType.INT32)
+        cos, sin = rotary_tables(self.config, self.names.head_dim)
+        return AttentionInputs(
+            seqlens_k,
+            total_length,
+            graph.weight("cos_cache", ir.tensor(cos)),
+            graph.weight("sin_cache", ir.tensor(sin)),
+        )
+
+    def _norm(self, fqn: str, stream: ir.Value, delta: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """Add `delta` to the residual stream and normalize it; returns (normed, stream)."""
+        gain = self.graph.weight(f"{fqn}.weight", ir.tensor(self.checkpoint.array(f"{fqn}.weight")))
+        epsilon = float(self.config.rms_norm_eps)
+        if delta is None:
+            normed = self.graph.value(
+                "SimplifiedLayerNormalization",
+                [stream, gain],
+                f"{fqn}/SimplifiedLayerNormalization",
+                axis=-1,
+                epsilon=epsilon,
+                stash_type=1,
+            )
+            return normed, stream
+        outputs: tuple[str | None, ...] = ("",) if fqn == self.names.final_norm else ("", None, None, "_stream")
+        results = self.graph.node(
+            "SkipSimplifiedLayerNormalization",
+            [stream, delta, gain],
+            f"{fqn}/SkipSimplifiedLayerNormalization",
+            domain=MICROSOFT,
+            outputs=outputs,
+            epsilon=epsilon,
+        )
+        return results[0], results[-1]
+
+    def _attention(
+        self,
+        block: BlockNames,
+        norms: QueryKeyNorms | None,
+        normed: ir.Value,
+        past: list[ir.Value],
+        shared: AttentionInputs,
+        window: int | None,
+    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        """Add self-attention; returns its contribution to the stream and (present key, present value)."""
+        names = self.names
+        prefix = block.query.rpartition(".")[0]
+        quantized = self._quantized(block.query, normed)
+        heads: list[ir.Value | None]
+        if norms is not None:
+            query = self._linear([block.query], normed, quantized, block.query)
+            key = self._linear([block.key], normed, quantized, block.key)
+            value = self._linear([block.value], normed, quantized, block.value)
+            heads = [
+                self._head_norm(norms.query, query, names.num_heads),
+                self._head_norm(norms.key, key, names.num_key_value_heads),
+                value,
+            ]
+        else:
+            packed = self._linear([block.query, block.key, block.value], normed, quantized, f"{prefix}.qkv")
+            heads = [packed, None, None]
+        attended, present_key, present_value = self.graph.node(
+            "GroupQueryAttention",
+            [*heads, *past, shared.seqlens_k, shared.total_length, shared.cos, shared.sin],
+            f"{prefix}/GroupQueryAttention",
+            domain=MICROSOFT,
+            outputs=("", "_present_key", "_present_value"),
+            num_heads=names.num_heads,
+            kv_num_heads=names.num_key_value_heads,
+            scale=float(names.head_dim) ** -0.5,
+            do_rotary=1,
+            rotary_interleaved=0,
+            local_window_size=-1 if window is None else window,
+        )
+        quantized = self._quantized(block.output, attended)
+        return self._linear([block.output], attended, quantized, block.output), (present_key, present_value)
+
+    def _head_norm(self, fqn: str, x: ir.Value, heads: int) -> ir.Value:
+        """Normalize each head of [B, S, heads * head_dim] (qwen3)."""
+        graph, head_dim = self.graph, self.names.head_dim
+        split = graph.constant(np.array([0, 0, heads, head_dim], np.int64))
+        joined = graph.constant(np.array([0, 0, heads * head_dim], np.int64))
+        by_head = graph.value("Reshape", [x, split], f"{fqn}/split/Reshape")
+        normed, _ = self._norm(fqn, by_head, None)
+        return graph.value("Reshape", [normed, joined], f"{fqn}/join/Reshape")
+
+    def _mlp(self, block: BlockNames, normed: ir.Value) -> ir.Value:
+        """Add the gated MLP; returns its contribution to the stream."""
+        graph = self.graph
+        prefix = block.gate.rpartition(".")[0]
+        quantized = self._quantized(block.gate, normed)
+        gate = self._linear([block.gate], normed, quantized, block.gate)
+        up = self._linear([block.up], normed, quantized, block.up)
+        active = graph.value("QuickGelu", [gate], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0)
+        hidden = self._rotate_online(graph.value("Mul", [active, up], f"{prefix}/Mul"), prefix)
+        return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
+
+    def _rotate_online(self, hidden: ir.Value, prefix: str) -> ir.Value:
+        """Apply R4, the Kronecker product of two small matrices, as two MatMuls."""
+        factors = self.checkpoint.online_factors()
+        if factors is None:
+            return hidden
+        left, right = factors
+        graph = self.graph
+        split = graph.constant(np.array([0, 0, left.shape[0], right.shape[0]], np.int64))
+        joined = graph.constant(np.array([0, 0, left.shape[0] * right.shape[0]], np.int64))
+        x = graph.value("Reshape", [hidden, split], f"{prefix}/R4/split/Reshape")
+        x = graph.value("MatMul", [x, graph.constant(right)], f"{prefix}/R4/right/MatMul")
+        x = graph.value("MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{prefix}/R4/left/MatMul")
+        return graph.value("Reshape", [x, joined], f"{prefix}/R4/join/Reshape")
+
+    def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
+        """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""
+        linear = self.checkpoint.linear(fqn)
+        if linear.activation is None or linear.activation.granularity is Granularity.GROUP:
+            return None
+        static = linear.activation.granularity is Granularity.TENSOR
+        scale = self.checkpoint.array(f"{fqn}.input_scale") if static else None
+        return quantize_input(self.graph, x, linear.activation, scale, f"{fqn}/input")
+
+    def _linear(self, fqns: list[str], x: ir.Value, quantized: QuantizedInput | None, name: str) -> ir.Value:
+        """Add the product of linears that read the same input, with the kernel that their format asks for."""
+        linears = [self.checkpoint.linear(fqn) for fqn in fqns]
+        if quantized is not None:
+            return integer_linear(self.graph, quantized, self.checkpoint, linears, name)
+        if linears[0].activation is not None:
+            return nbits_linear(self.graph, x, self.checkpoint, linears, name)
+        return float_linear(self.graph, x, self.checkpoint, linears, name)
+
+
+def rotary_tables(config: PretrainedConfig, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tabulate cos and sin of the rotary embedding for every position of the context.
+
+    Args:
+        config: With `rope_parameters` (default, linear, llama3, yarn ...) and `max_position_embeddings`.
+        head_dim: Size of a head; all of it is rotated.
+
+    Returns:
+        Two float32 arrays [max_position_embeddings, head_dim / 2].
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        inverse_frequency, scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
+    else:
+        inverse_frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    positions = torch.arange(config.max_position_embeddings).float()
+    angles = positions[:, None] * inverse_frequency.float()[None, :]
+    return (angles.cos() * scaling).numpy(), (angles.sin() * scaling).numpy()

@@ -1,0 +1,90 @@
+"""The configuration that onnxruntime-genai reads beside the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from deploy.session import GRAPH_NAME
+from rolora.decoder import DecoderNames
+
+
+def genai_config(config: PretrainedConfig, names: DecoderNames, directory: Path) -> dict[str, Any]:
+    """Describe an exported decoder to onnxruntime-genai.
+
+    Args:
+        config: The model's configuration.
+        names: Its parts and sizes.
+        directory: The checkpoint, for its `generation_config.json` if it has one.
+
+    Returns:
+        The content of `genai_config.json`.
+    """
+    generation = _generation_config(config, directory)
+    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
+    first_end = end[0] if isinstance(end, list) else end
+    begin = generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id
+    return {
+        "model": {
+            "bos_token_id": _first_id(begin, first_end, 0),
+            "eos_token_id": _first_id(end, 0),
+            "pad_token_id": _first_id(pad, first_end, 0),
+            "context_length": config.max_position_embeddings,
+            "type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": GRAPH_NAME,
+                "head_size": names.head_dim,
+                "hidden_size": names.hidden_size,
+                "num_attention_heads": names.num_heads,
+                "num_hidden_layers": len(names.blocks),
+                "num_key_value_heads": names.num_key_value_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": bool(generation.do_sample),
+            "temperature": _number(generation.temperature, 1.0),
+            "top_k": int(_number(generation.top_k, 50)),
+            "top_p": _number(generation.top_p, 1.0),
+            "repetition_penalty": _number(generation.repetition_penalty, 1.0),
+            "early_stopping": True,
+            "length_penalty": 1.0,
+            "diversity_penalty": 0.0,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "min_length": 0,
+            "max_length": config.max_position_embeddings,
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def _generation_config(config: PretrainedConfig, directory: Path) -> GenerationConfig:
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def _first_id(*candidates: Any) -> Any:
+    """Return the first token id (or list of ids) that is set."""
+    return next(candidate for candidate in candidates if candidate is not None)
+
+
+def _number(value: Any, default: float) -> float:
+    return default if value is None else float(value)

@@ -1,0 +1,120 @@
+"""A thin layer over onnx_ir: named nodes, shared constants, and weights that are read only when written.
+
+Large initializers are lazy: their bytes come from the checkpoint while the external data file is written, one tensor
+at a time, so that an export never holds the model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+OPSET = 21
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+
+
+class GraphBuilder:
+    """Collects the nodes and initializers of one graph, in topological order.
+
+    Args:
+        name: Name of the graph.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def constant(self, value: np.ndarray | np.generic) -> ir.Value:
+        """Return an initializer for a small array; equal arrays share one."""
+        array = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.weight(f"constant_{len(self._constants)}", ir.tensor(array))
+        return self._constants[key]
+
+    def weight(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Add an initializer.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        if name in self._initializers:
+            raise ValueError(f"initializer {name!r} is added twice")
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        self._initializers[name] = value
+        return value
+
+    def lazy_weight(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], ir.TensorProtocol]
+    ) -> ir.Value:
+        """Add an initializer whose content is read while the model is saved."""
+        return self.weight(name, ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name))
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        outputs: Sequence[str | None] = ("",),
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """Add a node with several outputs.
+
+        Args:
+            op_type: Operator, as ONNX spells it.
+            inputs: Its inputs; None is an absent optional one.
+            name: Node name; the values are named after it.
+            domain: Operator domain.
+            outputs: A suffix per output; None is an absent optional output.
+            **attributes: Attributes of the operator.
+
+        Returns:
+            A value per output.
+        """
+        values = [ir.Value(name="" if suffix is None else f"{name}/output{suffix}") for suffix in outputs]
+        self._nodes.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name))
+        return tuple(values)
+
+    def value(
+        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, *, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Add a node with one output and return that output."""
+        return self.node(op_type, inputs, name, domain=domain, **attributes)[0]
+
+    def build(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+        """Return the model.
+
+        Args:
+            inputs: Graph inputs, typed.
+            outputs: Graph outputs, typed and named.
+        """
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name=self._name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="rolora")
+
+
+def graph_value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Return a typed graph input."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def name_output(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Give a value the name, dtype and shape of a graph output, and return it."""
+    value.name = name
+    value.type = ir.TensorType(dtype)
+    value.shape = ir.Shape(shape)
+    return value
