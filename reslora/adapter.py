@@ -1,9 +1,9 @@
 """An adapter on disk and in memory.
 
 The format is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, keys
-`base_model.model.<fqn>.lora_A.weight`), so a plain LoRA adapter made here loads in PEFT and one made
-by PEFT loads here. An adapter with a shortcut has `peft_type` RESLORA and the keys `structure` and
-`depth`: PEFT refuses it, where reading it as a LoRA would silently drop the shortcut.
+`base_model.model.<fqn>.lora_A.weight`), so a plain LoRA adapter made here loads in PEFT and one
+made by PEFT loads here. An adapter with a shortcut has `peft_type` RESLORA and the keys `structure`
+and `depth`: PEFT refuses it, where reading it as a LoRA would silently drop the shortcut.
 
 Loading trusts nothing: every tensor is checked against the configuration before it is handed out.
 """
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reslora.attach import ADAPTER_NAME, RESLORA_TYPE, attached_config
-from reslora.config import ALL_PREVIOUS, AdapterConfig, Structure
+from reslora.config import AdapterConfig, Structure
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -66,7 +66,8 @@ def adapter_tensors(
 
     Args:
         peft_model: A model made by `attach_adapters`.
-        state_dict: Its gathered state dict where parameters are sharded; read from the model if None.
+        state_dict: Its gathered state dict where parameters are sharded; read from the model if
+            None.
     """
     suffix = f".{ADAPTER_NAME}.weight"
     named = peft_model.named_parameters() if state_dict is None else state_dict.items()
@@ -103,7 +104,9 @@ def save_adapter(
         )
     tensors = adapter_tensors(peft_model, state_dict)
     for key, tensor in tensors.items():
-        _refuse_non_finite(tensor, key, "trained adapter", "lower the learning rate and train again")
+        _refuse_non_finite(
+            tensor, key, "trained adapter", "lower the learning rate and train again"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     peft_config = peft_model.peft_config[ADAPTER_NAME].to_dict()
@@ -116,8 +119,8 @@ def load_adapter(directory: Path) -> Adapter:
 
     Raises:
         ValueError: A file is missing or damaged, the adapter is of a kind this package cannot merge
-            exactly, or a tensor is missing, of wrong shape or not finite. The message names file and
-            key.
+            exactly, or a tensor is missing, of wrong shape or not finite. The message names file
+            and key.
     """
     config = _read_config(directory / CONFIG_FILE)
     path = directory / WEIGHTS_FILE
@@ -156,7 +159,9 @@ def restore_adapter(peft_model: PeftModel, directory: Path) -> None:
     if adapter.config != held:
         raise ValueError(f"{directory}: adapter has {adapter.config}, the model has {held}")
     base = peft_model.get_base_model()
-    layers = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    layers: dict[str, Any] = {
+        name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)
+    }
     if layers.keys() != adapter.factors.keys():
         differing = sorted(layers.keys() ^ adapter.factors.keys())
         raise ValueError(f"{directory}: adapter and model differ in layers: {differing[:5]}")

@@ -1,8 +1,8 @@
 """Attach adapters to a model's linears, and take them off again.
 
-PEFT does the wrapping: a LoRA configuration with a custom module class where the structure needs one.
-Forward hooks that a caller puts on the wrapped module afterwards (online rotations) see the input of
-both branches, because PEFT's layer contains the base layer.
+PEFT does the wrapping: a LoRA configuration with a custom module class where the structure needs
+one. Forward hooks that a caller puts on the wrapped module afterwards (online rotations) see the
+input of both branches, because PEFT's layer contains the base layer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ShortcutLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; a configuration with a shortcut is of no type PEFT would load."""
-        values: dict[str, Any] = super().to_dict()
+        values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]  # peft
         if self.structure is None:
             del values["structure"], values["depth"]
         else:
@@ -66,8 +66,8 @@ def attach_adapters(
     Invariant: B starts at zero, so the wrapped model computes what `model` computed.
 
     Raises:
-        ValueError: No target, a target that is missing or no linear, a structure that cannot be trained
-            yet, or a model that already carries adapters.
+        ValueError: No target, a target that is missing or no linear, a structure that cannot be
+            trained yet, or a model that already carries adapters.
     """
     if config.structure is not None and config.structure not in SHORTCUT_LAYERS:
         known = ", ".join(SHORTCUT_LAYERS)
@@ -76,10 +76,12 @@ def attach_adapters(
             f"use structure {Structure.BLOCK.value!r}, which also merges exactly"
         )
     shapes = _target_shapes(model, target_fqns)
+    # peft declares an int but scales by any number; whole numbers stay whole in the file
+    alpha: Any = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     peft_config = ShortcutLoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.rank,
-        lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=list(shapes),
         bias="none",
@@ -104,7 +106,8 @@ def attach_adapters(
 def detach_adapters(peft_model: PeftModel) -> nn.Module:
     """Take the adapters off without merging them.
 
-    Hooks registered on the wrapped layers go with those layers; the caller removes them by its handles.
+    Hooks registered on the wrapped layers go with those layers; the caller removes them by its
+    handles.
 
     Returns:
         The model that was given to `attach_adapters`.

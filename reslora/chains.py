@@ -5,8 +5,8 @@ read off the dotted module name: two linears belong to one chain when their FQNs
 layer index is taken out. The layer index is the first number in the name, so that an expert number
 further right stays part of the kind and every expert gets a chain of its own.
 
-A shortcut adds products of shape [out, in], so linked linears must agree in both sizes. Where they do
-not, the chain ends and a new one starts; the new one carries the reason.
+A shortcut adds products of shape [out, in], so linked linears must agree in both sizes. Where they
+do not, the chain ends and a new one starts; the new one carries the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Chain:
     shape: tuple[int, int]
     """(out_features, in_features) of every member."""
     break_reason: str | None = None
-    """Why this chain does not continue the one before it; None where it is the first of its kind."""
+    """Why it does not continue the chain before it; None for the first chain of its kind."""
 
     def window(self, position: int, reach: int) -> tuple[int, ...]:
         """Return the positions whose blocks act at `position`, nearest first.

@@ -1,12 +1,12 @@
 """Fold a trained adapter into the weights, so that inference pays nothing for it.
 
-Plain LoRA and ResLoRA's block shortcut (arXiv:2402.18039 §3.3) are linear in the layer's own input, so
-their merge is exact:
+Plain LoRA and ResLoRA's block shortcut (arXiv:2402.18039 §3.3) are linear in the layer's own input,
+so their merge is exact:
 
     W*_n = W_n + s * sum_{k=0..m} B_{n-k} A_{n-k},   m = min(depth, n),   s = alpha / rank
 
-(the paper prints the product as A B). The window is found from the adapter alone: `find_chains` over
-its shapes gives the chains that training used. The sum has rank up to (m + 1) r.
+(the paper prints the product as A B). The window is found from the adapter alone: `find_chains`
+over its shapes gives the chains that training used. The sum has rank up to (m + 1) r.
 
 Arithmetic is float64 whatever the weights are; the result is cast to the weight's dtype once.
 """
@@ -27,7 +27,7 @@ from reslora.config import Structure
 
 
 class MergeMethod(StrEnum):
-    """How a shortcut becomes a weight change. Approximate methods for other structures join here."""
+    """How a shortcut becomes a weight change; approximate methods join here."""
 
     EXACT = "exact"
 
@@ -88,16 +88,16 @@ def delta_weights(adapter: Adapter, method: MergeMethod) -> Iterator[tuple[str, 
 def merge_adapter(model: nn.Module, adapter: Adapter, method: MergeMethod) -> MergeReport:
     """Add an adapter's weight changes to a model that carries no adapter layers.
 
-    Two passes, one layer in memory at a time: the first computes and checks every merged weight, the
-    second writes. A refusal leaves the model as it was.
+    Two passes, one layer in memory at a time: the first computes and checks every merged weight,
+    the second writes. A refusal leaves the model as it was.
 
     Args:
         model: The model the adapter was trained on (same basis, same shapes), changed in place.
         adapter: A loaded adapter.
         method: See `delta_weights`.
 
-    Invariant: in float64 the merged model computes what the adapted model computed, to rounding; in a
-        lower dtype each weight is the float64 result rounded once.
+    Invariant: in float64 the merged model computes what the adapted model computed, to rounding; in
+        a lower dtype each weight is the float64 result rounded once.
 
     Raises:
         ValueError: A layer is missing, of other shape, shares its weight, or would not be finite.
@@ -142,13 +142,13 @@ def _merged(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.detach().double() + delta.to(weight.device)).to(weight.dtype)
 
 
-def _matching_weights(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
+def _matching_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Return the weight of every adapted layer, or refuse with the first that does not fit."""
     modules = dict(model.named_modules())
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
-    weights: dict[str, nn.Parameter] = {}
+    weights: dict[str, Tensor] = {}
     for fqn, shape in adapter.shapes().items():
         module = modules.get(fqn)
         if not isinstance(module, nn.Linear):
