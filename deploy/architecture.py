@@ -87,7 +87,8 @@ def family_of(model_type: str, where: str = "model") -> Family:
     """
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{where}: model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{where}: model type {model_type!r} is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -144,8 +145,8 @@ def sliding_window_per_layer(config: DecoderConfig) -> list[int | None]:
     if family.window is WindowRule.EVERY_LAYER:
         if layer_types is not None and set(layer_types) != {"sliding_attention"}:
             raise UnsupportedModelError(
-                f"model type {config.model_type!r} with layer_types {sorted(set(layer_types))}: this "
-                "family has one window for every layer"
+                f"model type {config.model_type!r} with layer_types {sorted(set(layer_types))}: "
+                "this family has one window for every layer"
             )
         return [window] * count
     windows = {"full_attention": None, "sliding_attention": window}

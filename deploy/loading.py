@@ -1,0 +1,247 @@
+"""Load a causal language model from wherever the user keeps it, or say exactly what is wrong.
+
+Four sources become the same `LoadedModel`: a hub id, a local directory, a GGUF file, and the name
+`smollm2-135m`, whose file comes in a Python package. Weights are safetensors or GGUF, never
+pickles, and no code from a model directory is run. A tensor that is missing, misshapen, unknown or
+not finite is an error, since transformers would go on with random or dropped weights.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from deploy.architecture import decoder_names, family_of
+from deploy.artifact import TAKEN_BY, is_artifact, read_manifest
+from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
+from deploy.gguf_files import check_gguf, find_demo_file
+from deploy.weight_files import (
+    CONFIG_NAME,
+    digest_files,
+    find_weight_files,
+    name_some,
+    read_model_config,
+)
+
+DEMO_MODEL = "smollm2-135m"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+HUB_IGNORED = ("consolidated*", "*/*")
+LOCAL_OPTIONS = f"a model directory, a .gguf file or {DEMO_MODEL}"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    """How to call it in a table."""
+    digest: str
+    """The sha256 over the names and contents of its weight files and config.json."""
+
+
+def load_model(reference: str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        reference: hub id, local directory, `.gguf` file, or `smollm2-135m`. The network is used for
+            a hub id only.
+        dtype: of the weights in memory, whatever they are on disk.
+
+    Raises:
+        ConfigError: nothing is there, the hub cannot be reached, or the weights are a pickle.
+        StageOrderError: the directory is an adapter or one of our artifacts.
+        ArtifactError: a file is missing or damaged, or the weights do not fit the config.
+        UnsupportedModelError: another family, a feature we do not handle, or a model that is
+            quantized already.
+    """
+    text = str(reference)
+    path = Path(text).expanduser()
+    if text == DEMO_MODEL:
+        return _load_gguf(find_demo_file(), text, dtype)
+    if path.is_dir():
+        return _load_directory(path, path.resolve().name, dtype)
+    if path.is_file() and path.suffix == ".gguf":
+        return _load_gguf(path, path.stem, dtype)
+    if path.exists():
+        raise ConfigError(f"model {text}: expected {LOCAL_OPTIONS}, got another kind of file")
+    if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
+        return _load_directory(_download(text), text, dtype)
+    raise ConfigError(f"model {text}: no such file or directory; give {LOCAL_OPTIONS}, or a hub id")
+
+
+def save_tokenizer(loaded: LoadedModel, directory: Path) -> None:
+    """Write the tokenizer, its chat template and the generation config into a directory.
+
+    Raises:
+        UnsupportedModelError: the tokenizer has no tokenizer.json form, which the runtime needs.
+    """
+    loaded.tokenizer.save_pretrained(directory)
+    if loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(directory)
+    if not (directory / "tokenizer.json").is_file():
+        raise UnsupportedModelError(
+            f"model {loaded.name}: its tokenizer ({type(loaded.tokenizer).__name__}) has no "
+            "tokenizer.json form"
+        )
+
+
+def _download(reference: str) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                reference, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {reference}: no local file or directory has this name, and the hub did not "
+            f"give it ({reason}); give {LOCAL_OPTIONS}, or a hub id that can be reached"
+        ) from error
+
+
+def _load_directory(directory: Path, name: str, dtype: torch.dtype) -> LoadedModel:
+    _refuse_other_stages(directory)
+    raw_config = read_model_config(directory)
+    family_of(str(raw_config.get("model_type")), str(directory))
+    if raw_config.get("quantization_config"):
+        method = raw_config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise UnsupportedModelError(
+            f"{directory}: is quantized already ({method}); give the model it was made from"
+        )
+    weight_files = find_weight_files(directory)
+    model = _load_weights(directory, dtype, use_safetensors=True)
+    tokenizer = _load_tokenizer(directory)
+    digest = digest_files([*weight_files, directory / CONFIG_NAME])
+    return LoadedModel(model, tokenizer, name, digest)
+
+
+def _load_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:
+    check_gguf(path)
+    # The dequantizing loop draws a bar on stderr that no transformers setting turns off.
+    with redirect_stderr(io.StringIO()):
+        model = _load_weights(path.parent, dtype, gguf_file=path.name)
+        tokenizer = _load_tokenizer(path.parent, gguf_file=path.name)
+    # Weights are plain tensors now; what remains would make a saved model claim to be GGUF.
+    del model.config.quantization_config
+    model.config._name_or_path = name
+    return LoadedModel(model, tokenizer, name, digest_files([path]))
+
+
+def _refuse_other_stages(directory: Path) -> None:
+    if is_artifact(directory):
+        kind = read_manifest(directory).kind
+        raise StageOrderError(
+            f"{directory}: expected a model, got an artifact of kind {kind}, which is for "
+            f"{TAKEN_BY[kind]}"
+        )
+    if (directory / "adapter_config.json").is_file() and not (directory / CONFIG_NAME).is_file():
+        raise StageOrderError(
+            f"{directory}: expected a model, got an adapter; give it as --adapter together with "
+            "the --model it was trained on"
+        )
+
+
+def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrainedModel:
+    """Load config and weights with every departure of one from the other made an error."""
+    where = str(directory / source.get("gguf_file", ""))
+    config_source = {key: value for key, value in source.items() if key == "gguf_file"}
+    with _quiet_transformers():
+        config = _call(where, AutoConfig.from_pretrained, directory, **config_source)
+        decoder_names(config)
+        model, info = _call(
+            where,
+            AutoModelForCausalLM.from_pretrained,
+            directory,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported with the other faults below
+            **source,
+        )
+    _refuse_departures(where, info)
+    _refuse_non_finite(where, model)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _load_tokenizer(directory: Path, **source: Any) -> PreTrainedTokenizerBase:
+    where = str(directory / source.get("gguf_file", ""))
+    with _quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = _call(
+            f"{where}: tokenizer", AutoTokenizer.from_pretrained, directory, **source
+        )
+    return tokenizer
+
+
+def _call(where: str, load: Callable[..., Any], directory: Path, **options: Any) -> Any:
+    """Call a transformers loader on local files; what it raises then is about those files."""
+    try:
+        return load(str(directory), local_files_only=True, **options)
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise ArtifactError(f"{where}: cannot be loaded ({error})") from error
+
+
+def _refuse_departures(where: str, info: Mapping[str, Any]) -> None:
+    faults = []
+    if info["missing_keys"]:
+        faults.append(f"the files lack {name_some(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        faults.append(
+            f"the files hold, but the model has not, {name_some(info['unexpected_keys'])}"
+        )
+    if info["mismatched_keys"]:
+        shapes = [
+            f"{key} (file {list(found)}, model {list(expected)})"
+            for key, found, expected in info["mismatched_keys"]
+        ]
+        faults.append(f"other shapes: {name_some(shapes)}")
+    if faults:
+        raise ArtifactError(f"{where}: weights do not fit {CONFIG_NAME}: {'; '.join(faults)}")
+
+
+def _refuse_non_finite(where: str, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        # A float64 sum is finite when every term is, and needs no mask as large as the tensor.
+        if not torch.isfinite(parameter.sum(dtype=torch.float64)):
+            raise ArtifactError(
+                f"{where}: tensor {name} holds NaN or infinite values in {parameter.dtype}; "
+                "use another copy of the model"
+            )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence what transformers logs and draws while it loads: every fault is raised instead."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
