@@ -1,0 +1,119 @@
+"""The online half of R4: rotate the input of every down projection at run time.
+
+The other half, the inverse in the weight, is in the same table (`applications`) and fused by
+`fuse_rotations`. With R = left (x) right a vector x, read as a matrix X [l, r], becomes left^T X right:
+two small products, l + r multiply-adds per element, in place of one of size n = l r.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rolora.decoder import DecoderNames
+from rolora.rotation import Rotation, RotationPlan, applications
+
+
+class OnlineRotation(nn.Module):
+    """Rotate the last dimension by R = left (x) right.
+
+    Args:
+        rotation: Without signs of its own, as R4 is drawn.
+        dtype: Of the two matrices and of the computation, float32 or float64.
+        device: Where the matrices are kept.
+
+    Raises:
+        ValueError: The rotation has signs.
+
+    Equivalent to:
+        `x @ rotation.dense()`
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(
+        self,
+        rotation: Rotation,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if rotation.signs is not None:
+            raise ValueError(
+                f"online rotation of size {rotation.size}: expected signs drawn per factor, got one "
+                f"vector of signs; use the R4 of a RotationPlan"
+            )
+        self.register_buffer("left", rotation.left.to(device, dtype), persistent=False)
+        self.register_buffer("right", rotation.right.to(device, dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate x [..., l * r]; computes in the dtype of the matrices, returns the dtype of x."""
+        groups = x.reshape(*x.shape[:-1], self.left.shape[0], self.right.shape[0]).to(self.left)
+        if self.right.shape[0] > 1:
+            groups = groups @ self.right  # [..., l, r] x [r, r]
+        if self.left.shape[0] > 1:
+            groups = self.left.T @ groups  # [l, l] x [..., l, r]
+        return groups.reshape(x.shape).to(x)
+
+
+def install_online_rotations(
+    model: nn.Module, plan: RotationPlan, names: DecoderNames
+) -> list[RemovableHandle]:
+    """Rotate the input of every module that the table marks as online.
+
+    The hook goes on the outermost module under the name. So attach adapters first: then both the base
+    weight and `lora_A` see the rotated input. A hook on a linear that is wrapped later would rotate the
+    base branch alone; installing a second one there is refused.
+
+    Args:
+        model: A decoder, or a PEFT model around it, already fused.
+        plan: The rotation it was fused with; without R4 nothing is installed.
+        names: Parts of the decoder.
+
+    Returns:
+        One handle per module; `handle.remove()` takes the rotation out again.
+
+    Raises:
+        ValueError: The plan is for other sizes, or a module already has an online rotation.
+
+    Invariant:
+        The matrices are float64 for a float64 module and float32 for all others.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    decoder: nn.Module = unwrap() if callable(unwrap) else model
+    entries = [entry for entry in applications(plan, names) if entry.online]
+    for entry in entries:
+        for inner in decoder.get_submodule(entry.fqn).modules():
+            if any(isinstance(hook, _RotateInput) for hook in inner._forward_pre_hooks.values()):
+                raise ValueError(
+                    f"{entry.fqn}: expected no online rotation, got one already installed; remove its "
+                    f"handle first, and attach adapters before installing"
+                )
+    handles = []
+    for entry in entries:
+        module = decoder.get_submodule(entry.fqn)
+        online = _match_module(plan.find(entry.rotation, entry.layer), module)
+        handles.append(module.register_forward_pre_hook(_RotateInput(online)))
+    return handles
+
+
+class _RotateInput:
+    """Forward pre-hook; a class of its own so that a second installation is recognized."""
+
+    def __init__(self, rotation: OnlineRotation) -> None:
+        self.rotation = rotation
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.rotation(inputs[0]), *inputs[1:])
+
+
+def _match_module(rotation: Rotation, module: nn.Module) -> OnlineRotation:
+    """Build the rotation on the module's device, in float64 only if the module computes in it."""
+    tensors = [*module.parameters(), *module.buffers()]
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return OnlineRotation(rotation, torch.float64 if double else torch.float32, device)
