@@ -11,22 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from deploy.errors import ConfigError, UnsupportedModelError
 from rolora.decoder import BlockNames, DecoderNames
-
-
-class DecoderConfig(Protocol):
-    """The fields of a transformers config that every family has."""
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    hidden_act: str
 
 
 class WindowRule(StrEnum):
@@ -93,7 +83,7 @@ def family_of(model_type: str, where: str = "model") -> Family:
     return FAMILIES[model_type]
 
 
-def decoder_names(config: DecoderConfig) -> DecoderNames:
+def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     """Name the parts of a decoder.
 
     Args:
@@ -117,7 +107,7 @@ def decoder_names(config: DecoderConfig) -> DecoderNames:
     )
 
 
-def qk_norms(config: DecoderConfig) -> tuple[QueryKeyNorms, ...]:
+def qk_norms(config: PreTrainedConfig) -> tuple[QueryKeyNorms, ...]:
     """Return the q/k norms of each block, or nothing for a family that has none."""
     if not family_of(config.model_type).has_qk_norms:
         return ()
@@ -129,7 +119,7 @@ def qk_norms(config: DecoderConfig) -> tuple[QueryKeyNorms, ...]:
     )
 
 
-def sliding_window_per_layer(config: DecoderConfig) -> list[int | None]:
+def sliding_window_per_layer(config: PreTrainedConfig) -> list[int | None]:
     """Return for each layer how many tokens it attends to, itself included; None is all.
 
     Raises:
@@ -202,12 +192,12 @@ def _block_names(prefix: str) -> BlockNames:
     )
 
 
-def _head_dim(config: DecoderConfig) -> int:
+def _head_dim(config: PreTrainedConfig) -> int:
     head_dim: int | None = getattr(config, "head_dim", None)
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def _refuse_unhandled_features(config: DecoderConfig) -> None:
+def _refuse_unhandled_features(config: PreTrainedConfig) -> None:
     faults = []
     if config.hidden_act not in ("silu", "swish"):
         faults.append(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
