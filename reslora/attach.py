@@ -8,6 +8,7 @@ input of both branches, because PEFT's layer contains the base layer.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,9 @@ def attach_adapters(
     if config.structure is not None:
         peft_config._register_custom_module({nn.Linear: SHORTCUT_LAYERS[config.structure]})
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # peft 0.21 reads a model property that transformers 5 has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, peft_config, adapter_name=ADAPTER_NAME)
     wrapped = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]

@@ -18,6 +18,8 @@ import datasets
 
 from reslora.row_formats import Example, parse_row
 
+__all__ = ["Example", "parse_row", "read_rows", "split_validation"]
+
 logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")

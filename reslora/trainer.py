@@ -1,0 +1,94 @@
+"""The Trainer, narrowed to adapters.
+
+Two stock habits are replaced. A PEFT checkpoint is written without asking the hub about the base
+model, and read strictly, where the Trainer takes missing tensors for a warning. A loss that is not
+finite stops the run, where the Trainer can average it away. Added is the declaration that a
+checkpoint is complete, after the last file of every process is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from reslora.adapter import restore_adapter, save_adapter
+from reslora.attach import attached_config
+from reslora.batches import Row
+from reslora.checkpoints import MARKER_FILE, mark_complete, prune
+
+
+class RowDataset(Dataset[Row]):
+    """Rows in the order they are trained; one pass of the Trainer is the whole run."""
+
+    def __init__(self, rows: Sequence[Row], order: Sequence[int]) -> None:
+        """Show `rows` in `order`, which may name a row several times."""
+        self._rows = rows
+        self._order = order
+
+    def __len__(self) -> int:
+        """Return the number of rows in the run."""
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Row:
+        """Return the row trained at place `index`."""
+        return self._rows[self._order[index]]
+
+
+class AdapterTrainer(Trainer):
+    """`transformers.Trainer` with strict adapter checkpoints."""
+
+    fingerprint: Mapping[str, Any]
+    """What a run that resumes from this one's checkpoints must agree on; set before training."""
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run one forward and backward pass; refuse a loss that is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"training step {self.state.global_step + 1}: loss is {float(loss)}; check that "
+                "the base model's weights are finite, lower the learning rate (now "
+                f"{self.args.learning_rate:g}), or train in float32"
+            )
+        return loss
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        if self.args.should_save:
+            model = _attached(self.model)
+            directory = Path(output_dir or str(self.args.output_dir))
+            save_adapter(model, attached_config(model), directory, state_dict=state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        restore_adapter(_attached(self.model), Path(resume_from_checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = Path(str(self.args.output_dir))
+        checkpoint = directory / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / MARKER_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(checkpoint, self.fingerprint)
+            prune(directory)
+
+
+def _attached(model: object) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"expected a model made by attach_adapters, got {type(model).__name__}")
+    return model
