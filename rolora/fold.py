@@ -4,12 +4,12 @@ A pre-norm decoder computes W (g * x / rms(x)) + b. With W' = W diag(g) and g' =
 W' (x / rms(x)) + b: the same function, and x / rms(x) commutes with a rotation R because
 rms(x R) = rms(x). So folding must come before R1 and is exact in real arithmetic.
 
-A tied head shares its matrix with the embedding, but the final norm's gain belongs to the head alone;
-it gets its own copy first.
+A tied head shares its matrix with the embedding, but the final norm's gain belongs to the head
+alone; it gets its own copy first.
 
-Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406), RoLoRA (2407.08044). Departure: all three
-also subtract the row mean of the embedding. That keeps a LayerNorm model's function and changes an
-RMSNorm model's: it is not done here.
+Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406), RoLoRA (2407.08044). Departure: all
+three also subtract the row mean of the embedding. That keeps a LayerNorm model's function and
+changes an RMSNorm model's: it is not done here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rolora.decoder import DecoderNames
 
 _CHUNK_ELEMENTS = 1 << 22
-"""Elements in float64 at a time (32 MiB): what rewriting a weight costs beyond the weight itself."""
+"""Elements in float64 at a time (32 MiB): what rewriting a weight costs beyond itself."""
 
 
 def untie_head(model: PreTrainedModel, names: DecoderNames) -> bool:
@@ -54,11 +54,11 @@ def fold_norm_gains(model: PreTrainedModel, names: DecoderNames) -> None:
     Norms of query and key heads (Qwen3) stay: no rotation passes through them.
 
     Raises:
-        ValueError: The head is tied; a norm has a bias (it is no RMSNorm); shapes disagree; or a folded
-            weight is not finite in its dtype. The model is then unchanged.
+        ValueError: The head is tied; a norm has a bias (it is no RMSNorm); shapes disagree; or a
+            folded weight is not finite in its dtype. The model is then unchanged.
 
     Invariant:
-        Logits are unchanged up to rounding of W diag(g), computed in float64, to the weight's dtype.
+        Logits are unchanged up to rounding of W diag(g), from float64 to the weight's dtype.
     """
     pairs = list(_norms_and_readers(names))
     if model.get_parameter(f"{names.head}.weight") is model.get_parameter(
@@ -79,8 +79,8 @@ def fold_norm_gains(model: PreTrainedModel, names: DecoderNames) -> None:
             for rows in row_chunks(weight):
                 if not (weight[rows].double() * gain).to(weight.dtype).isfinite().all():
                     raise ValueError(
-                        f"{fqn}: folding the gain of {norm_fqn} gives values that are not finite in "
-                        f"{weight.dtype}; load the model in float32 and check its weights"
+                        f"{fqn}: folding the gain of {norm_fqn} gives values that are not finite "
+                        f"in {weight.dtype}; load the model in float32 and check its weights"
                     )
         for norm_fqn, fqn in pairs:
             gain, weight = _gain(model, norm_fqn), model.get_parameter(f"{fqn}.weight")

@@ -7,15 +7,15 @@ With row vectors a linear computes y = x W^T + b, W [out, in]. Let R be orthogon
 - An embedding gives a row of its table, y = E[token]:  E' = E R.
 
 Every row of W (INPUT), column of W (OUTPUT) and the bias is therefore rotated by the same x -> x R.
-For R2 that happens to each group of head_dim entries: the matrix is block diagonal, one block a head.
+For R2 that happens to each group of head_dim entries: the matrix is block diagonal, a block a head.
 
-No entry of R^T W S exceeds the Frobenius norm of W, whatever the orthogonal R and S. So a finite norm
+No entry of R^T W S exceeds the Frobenius norm of W, whatever the orthogonal R and S. So a norm
 below the largest number of the weight's dtype proves the result finite before anything is written;
 only where that bound fails is the result computed beforehand to look at it.
 
-Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406), RoLoRA (2407.08044). Departures: biases are
-rotated, weights shared by two modules are refused (the reference code rotates a tied head twice), and
-the embedding is not centred.
+Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406), RoLoRA (2407.08044). Departures: biases
+are rotated, weights shared by two modules are refused (the reference code rotates a tied head
+twice), and the embedding is not centred.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from rolora.decoder import DecoderNames
 from rolora.fold import row_chunks
-from rolora.rotation import Application, Rotation, RotationName, RotationPlan, Side, applications
+from rolora.kronecker import Rotation
+from rolora.rotation import Application, RotationName, RotationPlan, Side, applications
 
 
 def fuse_rotations(
@@ -47,14 +48,14 @@ def fuse_rotations(
         For each rotation, into how many modules it was fused.
 
     Raises:
-        ValueError: The plan is for other sizes; a module is no plain linear or embedding, or shares its
-            weight; a norm gain is not 1; a weight is not finite, or would not be in its dtype. The
-            message names the module, and the model is unchanged.
+        ValueError: The plan is for other sizes; a module is no plain linear or embedding, or shares
+            its weight; a norm gain is not 1; a weight is not finite, or would not be in its dtype.
+            The message names the module, and the model is unchanged.
 
     Invariant:
-        Logits are unchanged (with R4 online) up to rounding: each new weight is computed in float64 and
-        rounded once to its dtype. Peak memory is one linear in float64; the embedding and the head are
-        done in chunks of rows.
+        Logits are unchanged (with R4 online) up to rounding: each new weight is computed in float64
+        and rounded once to its dtype. Memory on top of the model is a few float64 copies of one
+        linear; the embedding and the head are done in chunks of rows.
     """
     table = [entry for entry in applications(plan, names) if not entry.online]
     by_module: dict[str, list[Application]] = {}
@@ -79,7 +80,7 @@ def fuse_rotations(
 def fuse_into_weight(weight: Tensor, side: Side, rotation: Rotation) -> Tensor:
     """Return R^T W (OUTPUT) or W R (INPUT) of a linear's weight, in float64.
 
-    A LoRA pair rotates likewise: `lora_A` [rank, in] on the INPUT side, `lora_B` [out, rank] on OUTPUT.
+    A LoRA pair rotates likewise: `lora_A` [rank, in] on INPUT, `lora_B` [out, rank] on OUTPUT.
 
     Args:
         weight: Floating [out, in].
@@ -103,7 +104,7 @@ def rotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderName
     """Bring the change of a linear's weight into the basis of the rotated model.
 
     Args:
-        delta: Floating [out, in], a change of the weight after folding the norm gains, before rotation.
+        delta: Floating [out, in], a change of the folded, unrotated weight.
         fqn: The linear.
         plan: The rotation.
         names: Parts of the decoder.
@@ -124,7 +125,7 @@ def rotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderName
 
 
 def unrotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderNames) -> Tensor:
-    """Undo `rotate_delta`: bring a change of a rotated weight back to the folded, unrotated basis."""
+    """Undo `rotate_delta`: bring a change of a rotated weight back to the unrotated basis."""
     delta = delta.double()
     for entry in _offline_entries(fqn, plan, names):
         delta = remove_from_weight(delta, entry.side, plan.find(entry.rotation, entry.layer))

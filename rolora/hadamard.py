@@ -3,25 +3,26 @@
 A Hadamard matrix H has entries +-1 and H H^T = n I, so H / sqrt(n) is a rotation that spreads one
 large coordinate evenly over all n. Papers ship tables of them; here they are built.
 
-**Sylvester.** H_2 = [[1, 1], [1, -1]], and the Kronecker product (x) of two Hadamard matrices is one:
-(A (x) B)(A (x) B)^T = (A A^T) (x) (B B^T) = ab I.
+**Sylvester.** H_2 = [[1, 1], [1, -1]], and the Kronecker product (x) of two Hadamard matrices is
+one: (A (x) B)(A (x) B)^T = (A A^T) (x) (B B^T) = ab I.
 
-**Paley.** Let q be an odd prime power, chi the quadratic character of GF(q) (0 at zero, +1 at squares,
--1 elsewhere) and Q[a, b] = chi(a - b). Then Q Q^T = q I - J and Q J = J Q = 0. Bordered::
+**Paley.** Let q be an odd prime power, chi the quadratic character of GF(q) (0 at zero, +1 at
+squares, -1 elsewhere) and Q[a, b] = chi(a - b). Then Q Q^T = q I - J and Q J = J Q = 0. Bordered::
 
     S = [[0, 1^T], [e 1, Q]]    S S^T = q I    of order q + 1, with e = chi(-1)
 
-- Paley I, q = 3 mod 4: e = -1, S is skew and H = I + S, because
-  H H^T = I + S + S^T + S S^T = (1 + q) I. Order q + 1.
-- Paley II, q = 1 mod 4: e = +1, S is symmetric and H = S (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]],
-  because the cross terms S (x) (...) cancel and H H^T = (2q + 2) I. Order 2 (q + 1).
+- Paley I, q = 3 mod 4: e = -1, S is skew and H = I + S, of order q + 1:
+  H H^T = I + S + S^T + S S^T = (1 + q) I.
+- Paley II, q = 1 mod 4: e = +1, S is symmetric and, of order 2 (q + 1),
+  H = S (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]; the cross terms cancel and
+  H H^T = (2q + 2) I.
 
-A size is written as Paley orders ("cores") times a power of two, with the fewest and then the smallest
-cores. Their order in the Kronecker product is fixed: cores ascending, then twos. So the place where
-the product is split into two small matrices changes the speed and never the matrix.
+A size is written as Paley orders ("cores") times a power of two, with the fewest and then the
+smallest cores. Their order in the Kronecker product is fixed: cores ascending, then twos. So the
+place where the product is split into two small matrices changes the speed and never the matrix.
 
-Used as in QuaRot (arXiv:2404.00456). Departure: its table of 11 cores has no entry for 4864, 5632, 9728
-or 18944; the constructions reach them.
+Used as in QuaRot (arXiv:2404.00456). Departure: its table of 11 cores has no entry for 4864, 5632,
+9728 or 18944; the constructions reach them.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def hadamard_factors(n: int) -> tuple[int, int]:
 
     Through two factors a vector costs `left + right` multiply-adds per element instead of `n`. The
     split with the smallest sum is taken; of equals the one with the larger right factor, since the
-    right product is one large matrix product over all tokens and the left one a batch of small ones.
+    right product is one large matrix product over all tokens, the left one a batch of small ones.
     On two cores with ONNX Runtime and 512 tokens, 48 x 32 takes 0.6 of the time of 12 x 128, and
     112 x 128 takes 0.46 of the time of 28 x 512, as the sums 80 : 140 and 240 : 540 say.
 
@@ -68,7 +69,8 @@ def hadamard_factors(n: int) -> tuple[int, int]:
         n: Order, at least 1.
 
     Returns:
-        `(left, right)` with `left * right == n`; `right` is a power of two unless `n` needs two cores.
+        `(left, right)`, `left * right == n`; `right` is a power of two where there is a split into
+        two factors at all and `n` needs only one core.
 
     Raises:
         ValueError: No construction reaches `n`.
@@ -114,7 +116,8 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
         raise ValueError(f"orthogonal matrix: expected an order of at least 1, got {n}")
     gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(gaussian)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(torch.float64)
+    haar: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(torch.float64)
+    return haar
 
 
 @lru_cache(maxsize=256)
@@ -128,8 +131,8 @@ def _kronecker_sizes(n: int) -> tuple[int, ...]:
             twos = (n // prod(cores)).bit_length() - 1
             return (*cores, *(2,) * twos)
     raise ValueError(
-        f"Hadamard matrix: no construction reaches order {n}: it is no power of two, and no product of "
-        f"Paley orders (q + 1 for a prime power q = 3 mod 4, 2 (q + 1) for q = 1 mod 4) times a "
+        f"Hadamard matrix: no construction reaches order {n}: it is no power of two and no product "
+        f"of Paley orders (q + 1 for a prime power q = 3 mod 4, 2 (q + 1) for q = 1 mod 4) times a "
         f"power of two; use --rotation-kind orthogonal"
     )
 
@@ -213,10 +216,11 @@ def _bordered_jacobsthal(q: int) -> Tensor:
 def _quadratic_character(p: int, k: int) -> Tensor:
     """Tabulate chi on GF(p^k).
 
-    An element is a polynomial of degree below k over Z_p, kept as the number whose base-p digits are
-    its coefficients. Modulo a monic polynomial of degree k, multiply by x until the powers of x return
-    to 1. If that takes q - 1 steps, every non-zero element is a power of x: the ring is a field, x
-    generates it, and squares are the even powers. Such a (primitive) polynomial exists for every q.
+    An element is a polynomial of degree below k over Z_p, kept as the number whose base-p digits
+    are its coefficients. Modulo a monic polynomial of degree k, multiply by x until the powers of x
+    return to 1. If that takes q - 1 steps, every non-zero element is a power of x: the ring is a
+    field, x generates it, and squares are the even powers. Such a (primitive) polynomial exists for
+    every q.
 
     Returns:
         Tensor [p^k], int8, entries -1, 0, 1.

@@ -1,8 +1,8 @@
 """The online half of R4: rotate the input of every down projection at run time.
 
 The other half, the inverse in the weight, is in the same table (`applications`) and fused by
-`fuse_rotations`. With R = left (x) right a vector x, read as a matrix X [l, r], becomes left^T X right:
-two small products, l + r multiply-adds per element, in place of one of size n = l r.
+`fuse_rotations`. With R = left (x) right a vector x, read as a matrix X [l, r], becomes
+left^T X right: two small products, l + r multiply-adds per element, instead of one with n = l r.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rolora.decoder import DecoderNames
-from rolora.rotation import Rotation, RotationPlan, applications
+from rolora.kronecker import Rotation
+from rolora.rotation import RotationPlan, applications
 
 
 class OnlineRotation(nn.Module):
@@ -44,8 +45,8 @@ class OnlineRotation(nn.Module):
         super().__init__()
         if rotation.signs is not None:
             raise ValueError(
-                f"online rotation of size {rotation.size}: expected signs drawn per factor, got one "
-                f"vector of signs; use the R4 of a RotationPlan"
+                f"online rotation of size {rotation.size}: expected signs drawn per factor, got "
+                f"one vector of signs; use the R4 of a RotationPlan"
             )
         self.register_buffer("left", rotation.left.to(device, dtype), persistent=False)
         self.register_buffer("right", rotation.right.to(device, dtype), persistent=False)
@@ -65,9 +66,9 @@ def install_online_rotations(
 ) -> list[RemovableHandle]:
     """Rotate the input of every module that the table marks as online.
 
-    The hook goes on the outermost module under the name. So attach adapters first: then both the base
-    weight and `lora_A` see the rotated input. A hook on a linear that is wrapped later would rotate the
-    base branch alone; installing a second one there is refused.
+    The hook goes on the outermost module under the name. So attach adapters first: then both the
+    base weight and `lora_A` see the rotated input. A hook on a linear that is wrapped later would
+    rotate the base branch alone; installing a second one there is refused.
 
     Args:
         model: A decoder, or a PEFT model around it, already fused.
@@ -90,8 +91,8 @@ def install_online_rotations(
         for inner in decoder.get_submodule(entry.fqn).modules():
             if any(isinstance(hook, _RotateInput) for hook in inner._forward_pre_hooks.values()):
                 raise ValueError(
-                    f"{entry.fqn}: expected no online rotation, got one already installed; remove its "
-                    f"handle first, and attach adapters before installing"
+                    f"{entry.fqn}: expected no online rotation, got one already installed; remove "
+                    f"its handle first, and attach adapters before installing"
                 )
     handles = []
     for entry in entries:
