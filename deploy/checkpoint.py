@@ -1,14 +1,14 @@
 """A merged, rotated and quantized checkpoint: how it is written, read lazily, and rebuilt as a torch model.
 
-The directory holds `config.json` (with an untied head), the tokenizer, `model.safetensors` and the manifest. Tensors keep
-the model's own names; a quantized linear adds its scales:
+The directory holds `config.json` (with an untied head), the tokenizer, `model.safetensors`, the rotation if there is one,
+and the manifest. Tensors keep the model's own names; a quantized linear adds its scales:
 
     <fqn>.weight        int8 [out, in], or uint8 [out, in / 2] for 4 bits (rolora.packing)
     <fqn>.weight_scale  float32 [out] or [out, groups]
     <fqn>.input_scale   float32 scalar, where the input has a static scale
     <fqn>.bias          float32 [out], where the linear has one
 
-The format of each linear, the embedding and the rotation stand in the manifest's details.
+The format of each linear stands in the manifest's details.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from deploy.architecture import decoder_names
 from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
 from deploy.errors import ArtifactError
+from deploy.rotation_file import load_rotation
 from rolora.decoder import DecoderNames
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
@@ -38,7 +39,6 @@ from rolora.rotation import RotationPlan
 from rolora.scheme import ActivationSpec, Granularity, WeightSpec
 
 WEIGHTS_NAME = "model.safetensors"
-_ROTATION_PREFIX = "rotation."
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again") from error
         self._keys = frozenset(self._tensors.keys())
-        self.rotation = self._read_rotation()
+        self.rotation: RotationPlan | None = load_rotation(directory, self.manifest)
 
     def close(self) -> None:
         """Release the mapped weights."""
@@ -186,26 +186,13 @@ class Checkpoint:
             self._tensor(f"{fqn}.input_scale") if static else None,
         )
 
-    def _read_rotation(self) -> RotationPlan | None:
-        metadata = self.manifest.details.get("rotation")
-        if metadata is None:
-            return None
-        tensors = {
-            key.removeprefix(_ROTATION_PREFIX): self._tensor(key) for key in self._keys if key.startswith(_ROTATION_PREFIX)
-        }
-        try:
-            return RotationPlan.from_saved(metadata, tensors)
-        except ValueError as error:
-            raise ArtifactError(f"{self.directory}: the saved rotation is damaged: {error}") from error
 
-
-def write_weights(directory: Path, model: nn.Module, rotation: RotationPlan | None) -> None:
-    """Write the tensors of a (quantized) decoder and of its rotation as `model.safetensors`.
+def write_weights(directory: Path, model: nn.Module) -> None:
+    """Write the tensors of a (quantized) decoder as `model.safetensors`.
 
     Args:
         directory: An artifact that is being written.
         model: After `quantize_decoder`, or a float decoder with an untied head.
-        rotation: The rotation fused into it, or None.
     """
     tensors: dict[str, Tensor] = {}
     packed = {
@@ -215,8 +202,6 @@ def write_weights(directory: Path, model: nn.Module, rotation: RotationPlan | No
     }
     for name, tensor in model.state_dict().items():
         tensors[name] = pack_int4(tensor) if name in packed else tensor.detach().contiguous()
-    if rotation is not None:
-        tensors |= {f"{_ROTATION_PREFIX}{name}": tensor for name, tensor in rotation.to_tensors().items()}
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 

@@ -48,7 +48,8 @@ def staged_directory(output: Path, needed_bytes: int | None = None) -> Iterator[
         made_parents = _make_parents(output)
         try:
             _remove_stale(output)
-            _check_free(output, needed_bytes)
+            if needed_bytes is not None:
+                require_free_space(output, needed_bytes)
             with _locked_sibling(output) as partial:
                 yield partial
                 _flush_tree(partial)
@@ -191,9 +192,14 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _check_free(output: Path, needed_bytes: int | None) -> None:
-    if needed_bytes is not None and shutil.disk_usage(output.parent).free < needed_bytes:
-        raise ArtifactError(_disk_full_message(output, needed_bytes))
+def require_free_space(path: Path, needed_bytes: int) -> None:
+    """Refuse to begin a write for which the disk of `path`'s parent has no room.
+
+    Raises:
+        ArtifactError: Less than `needed_bytes` is free.
+    """
+    if shutil.disk_usage(path.parent).free < needed_bytes:
+        raise ArtifactError(_disk_full_message(path, needed_bytes))
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -1,0 +1,59 @@
+"""A trained adapter as an artifact: PEFT files, the basis it was trained in, and the model it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
+from deploy.errors import ArtifactError
+from deploy.rotation_file import load_rotation
+from reslora.adapter import Adapter, load_adapter
+from rolora.rotation import RotationPlan
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter that was read back and checked."""
+
+    directory: Path
+    manifest: Manifest
+    adapter: Adapter
+    rotation: RotationPlan | None
+    """The basis it was trained in; None is the model's own."""
+
+    @property
+    def manifest_digest(self) -> str:
+        """Digest that names this adapter as a parent."""
+        return self.manifest.digest
+
+    def require_base(self, digest: str, name: str) -> None:
+        """Refuse a model that the adapter was not trained on.
+
+        Raises:
+            ArtifactError: The digests differ.
+        """
+        expected = self.manifest.parents.get("model")
+        if expected != digest:
+            trained_on = self.manifest.config.get("model")
+            raise ArtifactError(
+                f"{self.directory}: was trained on {trained_on} (digest {str(expected)[:12]}), but the model given is "
+                f"{name} (digest {digest[:12]}); give the model it was trained on"
+            )
+
+
+def open_adapter(directory: Path) -> StoredAdapter:
+    """Read an adapter that `rolora finetune` wrote.
+
+    Raises:
+        ConfigError: No such directory.
+        StageOrderError: It is no adapter of ours.
+        ArtifactError: A file is missing or damaged.
+    """
+    manifest = read_manifest(directory, ArtifactKind.ADAPTER)
+    verify_files(directory)
+    try:
+        adapter = load_adapter(directory)
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    return StoredAdapter(directory, manifest, adapter, load_rotation(directory, manifest))

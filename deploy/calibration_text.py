@@ -1,0 +1,46 @@
+"""Text on which activation ranges are observed: the user's, or a sample of our own."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from deploy.errors import ConfigError
+from deploy.evaluate import cut_windows
+from deploy.text_data import read_text
+
+
+def sample_text(name: str) -> str:
+    """Return a text that ships with the package: `calibration.txt` or `evaluation.txt`."""
+    return (resources.files("deploy") / "samples" / name).read_text(encoding="utf-8")
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase, source: str | None, *, windows: int, tokens: int
+) -> list[dict[str, Tensor]]:
+    """Cut calibration text into forward-pass batches.
+
+    Args:
+        tokenizer: Of the model.
+        source: A JSONL(.gz) or text(.gz) file or a hub id; None is our own sample.
+        windows: Number of windows.
+        tokens: Tokens a window; shortened to the length of the text if that is less.
+
+    Returns:
+        `{"input_ids": int64 [1, T]}` per window.
+
+    Raises:
+        ConfigError: The text cannot be read or has fewer than 2 tokens.
+    """
+    text = sample_text("calibration.txt") if source is None else read_text(source)
+    available = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if available < 2:
+        raise ConfigError(f"calibration {source}: expected at least 2 tokens of text, got {available}")
+    cut = cut_windows(tokenizer, text, windows, min(tokens, available))
+    return [{"input_ids": torch.from_numpy(ids)[None]} for ids in cut.ids]
+
+

@@ -1,0 +1,132 @@
+"""The export stage: checkpoint -> ONNX directory that runs in ONNX Runtime and in onnxruntime-genai.
+
+    model.onnx, model.onnx.data    the graph, and its weights beside it (so that models over 2 GB fit)
+    genai_config.json              what onnxruntime-genai reads
+    tokenizer.json, ...            copied from the checkpoint
+    rolora_manifest.json           where it came from, and the parity that was measured
+
+The directory appears only after the graph has been run and compared with the torch reference.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from deploy.artifact import ArtifactKind, Manifest, library_versions, new_artifact, write_manifest
+from deploy.calibration_text import sample_text
+from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.decoder_graph import DecoderGraph
+from deploy.genai_config import genai_config
+from deploy.language_model import load_tokenizer
+from deploy.memory import peak_memory_bytes
+from deploy.parity import DECODE_STEPS, PROMPT_TOKENS, ParityReport, check_parity
+from deploy.rotation_file import ROTATION_NAME
+from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
+
+DATA_NAME = f"{GRAPH_NAME}.data"
+_NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, "rolora_manifest.json"}
+
+
+class ExportFormat(StrEnum):
+    """File formats of an export."""
+
+    ONNX = "onnx"
+
+
+class Target(StrEnum):
+    """Where the graph will run; integer kernels differ between processors."""
+
+    CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What the stage did."""
+
+    output: Path
+    manifest: Manifest
+    parity: ParityReport
+    operators: dict[str, int]
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {
+            "output": str(self.output),
+            "digest": self.manifest.digest,
+            "parity": self.parity.to_dict(),
+            "operators": self.operators,
+            "file_bytes": sum(record.bytes for record in self.manifest.files.values()),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def export_onnx(
+    checkpoint_directory: Path, output: Path, target: Target, progress: Callable[[str], None] = lambda step: None
+) -> ExportReport:
+    """Export a checkpoint and check the result.
+
+    Args:
+        checkpoint_directory: From `merge-rotate-quantize`.
+        output: The directory to make.
+        target: Processor whose kernels the graph addresses.
+        progress: Called with a line for each step.
+
+    Raises:
+        ConfigError: The output exists.
+        StageOrderError: The directory is no checkpoint.
+        ArtifactError: A file is missing or damaged, or the disk is full.
+        ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
+    """
+    with Checkpoint(checkpoint_directory) as checkpoint:
+        needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
+        with new_artifact(output, needed_bytes=needed) as directory:
+            progress("building the graph")
+            model = DecoderGraph(checkpoint).build()
+            operators = count_operators(model)
+            progress("writing the weights")
+            ir.save(model, directory / GRAPH_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, max_workers=1)
+            config = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory)
+            (directory / GENAI_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for path in sorted(checkpoint_directory.iterdir()):
+                if path.is_file() and path.name not in _NOT_COPIED:
+                    shutil.copyfile(path, directory / path.name)
+            progress("checking parity with the torch reference")
+            parity = check_parity(checkpoint, directory, parity_tokens(checkpoint))
+            manifest = write_manifest(
+                directory,
+                Manifest(
+                    ArtifactKind.ONNX,
+                    parents={"checkpoint": checkpoint.manifest.digest},
+                    config={"format": str(ExportFormat.ONNX), "target": str(target)},
+                    versions=library_versions(),
+                    checks={"parity": parity.to_dict()},
+                    details={"scheme": checkpoint.manifest.details.get("scheme"), "operators": operators},
+                ),
+            )
+    return ExportReport(output, manifest, parity, operators, peak_memory_bytes())
+
+
+def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
+    """Return the tokens that parity is measured on: the start of our evaluation sample, int64."""
+    tokenizer = load_tokenizer(checkpoint.directory)
+    ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(PROMPT_TOKENS + DECODE_STEPS, checkpoint.config.max_position_embeddings)
+    return np.asarray(ids[:count], dtype=np.int64) % checkpoint.config.vocab_size
+
+
+def count_operators(model: ir.Model) -> dict[str, int]:
+    """Return how often each operator occurs in the graph, the most frequent first."""
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,260 @@
+"""The middle stage: model (+ adapter) -> merged, rotated, quantized checkpoint.
+
+    load -> [rotate in the adapter's basis] -> merge -> [rotate] -> quantize -> write
+
+An adapter that was trained in a rotated basis carries its rotation and is merged in that basis; any other adapter is
+merged first and the result is rotated, which in exact arithmetic is the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy.adapter_artifact import StoredAdapter, open_adapter
+from deploy.architecture import decoder_names
+from deploy.artifact import ArtifactKind, Manifest, library_versions, new_artifact, write_manifest
+from deploy.calibration_text import calibration_batches
+from deploy.checkpoint import formats_to_details, weights_bytes, write_weights
+from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
+from deploy.loading import LoadedModel, load_model, save_tokenizer
+from deploy.memory import peak_memory_bytes
+from deploy.rotation_file import save_rotation
+from deploy.staging import require_free_space
+from reslora.merge import MergeMethod, merge_adapter
+from rolora.decoder import DecoderNames
+from rolora.fold import fold_norm_gains, untie_head
+from rolora.fuse import fuse_rotations
+from rolora.online import install_online_rotations
+from rolora.quantize import LayerError, plan_layers, quantize_decoder
+from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.scheme import QuantizationRecipe
+
+
+@dataclass(frozen=True)
+class RotationChoice:
+    """Which rotations to draw for a model whose adapter brings none."""
+
+    names: frozenset[RotationName]
+    kind: RotationKind = RotationKind.HADAMARD
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str, kind: RotationKind, seed: int) -> RotationChoice:
+        """Read `r1,r2,r4` or `none`.
+
+        Raises:
+            ConfigError: A name is unknown.
+        """
+        words = [word.strip().upper() for word in text.split(",") if word.strip()]
+        if words == ["NONE"]:
+            return cls(frozenset(), kind, seed)
+        unknown = [word for word in words if word not in set(RotationName)]
+        if unknown or not words:
+            raise ConfigError(f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got {', '.join(unknown)}")
+        return cls(frozenset(RotationName(word) for word in words), kind, seed)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Resolved settings of the stage."""
+
+    model: str
+    adapter: Path | None
+    merge: MergeMethod
+    rotation: RotationChoice | None
+    """None: the adapter's own rotation, or R1, R2 and R4 where it has none."""
+    recipe: QuantizationRecipe | None
+    """None leaves the weights in float32."""
+    calibration: str | None
+    calibration_windows: int = 8
+    calibration_tokens: int = 512
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the settings as plain data for the manifest."""
+        recipe = None if self.recipe is None else asdict(self.recipe) | {"scheme": str(self.recipe.scheme)}
+        choice = self.rotation
+        return {
+            "model": self.model,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "merge": str(self.merge),
+            "rotate": None if choice is None else sorted(choice.names),
+            "rotation_kind": None if choice is None else str(choice.kind),
+            "rotation_seed": None if choice is None else choice.seed,
+            "recipe": recipe,
+            "calibration": self.calibration,
+            "calibration_windows": self.calibration_windows,
+            "calibration_tokens": self.calibration_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What the stage did."""
+
+    output: Path
+    manifest: Manifest
+    layer_errors: tuple[LayerError, ...]
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        worst = max(self.layer_errors, key=lambda layer: layer.relative_error, default=None)
+        return {
+            "output": str(self.output),
+            "digest": self.manifest.digest,
+            "scheme": self.manifest.details.get("scheme"),
+            "layers": len(self.layer_errors),
+            "worst_layer": None if worst is None else asdict(worst),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def merge_rotate_quantize(
+    settings: CheckpointSettings, output: Path, progress: Callable[[str], None] = lambda step: None
+) -> CheckpointReport:
+    """Run the stage.
+
+    Args:
+        settings: What to do.
+        output: The checkpoint directory to make.
+        progress: Called with a line for each step and with the FQN of each quantized layer.
+
+    Raises:
+        ConfigError: The output exists, or options contradict each other or the adapter.
+        ArtifactError: A file is damaged, or the adapter belongs to another model.
+        UnsupportedModelError: The model is of another family, or a size has no Hadamard matrix.
+    """
+    with new_artifact(output) as directory:
+        progress(f"loading {settings.model}")
+        loaded = load_model(settings.model)
+        names = decoder_names(loaded.model.config)
+        adapter = None if settings.adapter is None else open_adapter(settings.adapter)
+        if adapter is not None:
+            adapter.require_base(loaded.digest, settings.model)
+        plan = choose_rotation(names, settings.rotation, adapter)
+        with torch.no_grad():
+            merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings.merge, progress)
+        errors = _quantize(loaded, names, settings, progress)
+        progress("writing the checkpoint")
+        details: dict[str, Any] = {
+            "scheme": "FP32" if settings.recipe is None else str(settings.recipe.scheme),
+            "linears": {} if settings.recipe is None else formats_to_details(plan_layers(names, settings.recipe)),
+            "rounding": {error.fqn: error.relative_error for error in errors},
+            "merge": merge_report,
+        } | save_rotation(directory, plan)
+        loaded.model.config.save_pretrained(directory)
+        save_tokenizer(loaded, directory)
+        require_free_space(directory, weights_bytes(loaded.model))
+        write_weights(directory, loaded.model)
+        parents = {"model": loaded.digest} | ({} if adapter is None else {"adapter": adapter.manifest_digest})
+        manifest = write_manifest(
+            directory,
+            Manifest(
+                ArtifactKind.CHECKPOINT,
+                parents=parents,
+                config=settings.to_config(),
+                versions=library_versions(),
+                details=details,
+            ),
+        )
+    return CheckpointReport(output, manifest, tuple(errors), peak_memory_bytes())
+
+
+def choose_rotation(
+    names: DecoderNames, choice: RotationChoice | None, adapter: StoredAdapter | None
+) -> RotationPlan | None:
+    """Return the rotation to fuse: the adapter's own, or a fresh draw.
+
+    Args:
+        names: The model's parts.
+        choice: What the user asked for; None is the default.
+        adapter: The adapter to merge, if any.
+
+    Raises:
+        ConfigError: The user asked for another rotation than the adapter was trained in.
+        UnsupportedModelError: A size has no Hadamard matrix.
+    """
+    own = None if adapter is None else adapter.rotation
+    if own is not None:
+        if choice is not None and (choice.names, choice.kind, choice.seed) != (own.names, own.kind, own.seed):
+            asked = ",".join(sorted(choice.names)) or "none"
+            raise ConfigError(
+                f"the adapter was trained in the basis of {','.join(sorted(own.names))} ({own.kind}, seed {own.seed}, "
+                f"digest {own.digest[:12]}) and can be merged only there; asked for {asked} ({choice.kind}, seed "
+                f"{choice.seed}). Leave --rotate, --rotation-kind and --rotation-seed out"
+            )
+        return own
+    wanted = choice or RotationChoice(frozenset(RotationName))
+    if not wanted.names:
+        return None
+    try:
+        return RotationPlan.draw(names, wanted.names, wanted.kind, wanted.seed)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from error
+
+
+def rotate_model(loaded: LoadedModel, names: DecoderNames, plan: RotationPlan) -> None:
+    """Fold the norms and fuse a rotation into a model, in place; online rotations are not installed.
+
+    Raises:
+        ArtifactError: A weight is not finite.
+    """
+    try:
+        untie_head(loaded.model, names)
+        fold_norm_gains(loaded.model, names)
+        fuse_rotations(loaded.model, names, plan)
+    except ValueError as error:
+        raise ArtifactError(f"{loaded.name}: cannot be rotated: {error}") from error
+
+
+def _merge_and_rotate(
+    loaded: LoadedModel,
+    names: DecoderNames,
+    plan: RotationPlan | None,
+    adapter: StoredAdapter | None,
+    method: MergeMethod,
+    progress: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Bring adapter and rotation into the weights, in the order that the adapter's basis demands."""
+    rotate_first = adapter is not None and adapter.rotation is not None
+    report = None
+    if rotate_first and plan is not None:
+        progress("rotating into the adapter's basis")
+        rotate_model(loaded, names, plan)
+    if adapter is not None:
+        progress(f"merging {adapter.directory}")
+        try:
+            report = merge_adapter(loaded.model, adapter.adapter, method).to_dict()
+        except ValueError as error:
+            raise ArtifactError(f"{adapter.directory}: cannot be merged: {error}") from error
+    if plan is None:
+        untie_head(loaded.model, names)
+    elif not rotate_first:
+        progress(f"rotating with {', '.join(sorted(plan.names))}")
+        rotate_model(loaded, names, plan)
+    if plan is not None:
+        install_online_rotations(loaded.model, plan, names)
+    return report
+
+
+def _quantize(
+    loaded: LoadedModel, names: DecoderNames, settings: CheckpointSettings, progress: Callable[[str], None]
+) -> list[LayerError]:
+    if settings.recipe is None:
+        return []
+    progress("calibrating")
+    batches = calibration_batches(
+        loaded.tokenizer,
+        settings.calibration,
+        windows=settings.calibration_windows,
+        tokens=settings.calibration_tokens,
+    )
+    try:
+        return quantize_decoder(loaded.model, names, settings.recipe, batches, progress)
+    except ValueError as error:
+        raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error

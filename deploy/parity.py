@@ -1,0 +1,181 @@
+"""Does the exported graph compute what the torch model with the same integers computes?
+
+Two checks. Exactness: every quantized weight in the ONNX file is, integer by integer, the checkpoint's. Parity: the same
+tokens through both, first as one prompt, then token by token over the cache.
+
+Both sides multiply exactly; they differ in float32 rounding between the products. Such a difference (about 1e-6) moves a value
+across a rounding boundary now and then, and that one integer step spreads through the layers above it until most of the
+roundings there fall differently. How far that carries depends on the model and on how coarse a step is, so it is measured: the
+torch reference is run a second time with its embeddings perturbed by 1e-5, and what that does to its logits is the noise
+floor. The export must stay within twice the floor, in
+
+    relative error = ||ort - torch||_2 / ||torch||_2        (logits centred per position, since softmax ignores a shift).
+
+A wrong epsilon, scale or rotation lies far outside for float checkpoints, whose floor is near 1e-5; the same graph code
+builds them, and the tests hold every family to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.errors import ParityError
+from deploy.linear_ops import ZERO_POINT
+from deploy.session import GRAPH_NAME, OnnxDecoder
+
+DECODE_STEPS = 64
+PROMPT_TOKENS = 64
+
+PERTURBATION = 1e-5
+"""Relative size of the noise on the embeddings that shows the noise floor."""
+FLOOR_FACTOR = 2.0
+LEAST_BOUND = 1e-4
+"""Bound of a model whose floor is below float32 rounding over many layers."""
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Measured differences between ONNX Runtime and torch."""
+
+    exact_weights: int
+    """Quantized linears whose integers were found equal."""
+    prefill_error: float
+    decode_error: float
+    noise_floor: float
+    """What a perturbation of 1e-5 does to the torch reference itself."""
+    bound: float
+    top1_agreement: float
+    """Share of all positions where both predict the same token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def check_parity(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> ParityReport:
+    """Compare an exported directory with its checkpoint.
+
+    Args:
+        checkpoint: What was exported.
+        directory: The export.
+        ids: int64 [PROMPT_TOKENS + DECODE_STEPS] tokens to run, or fewer for models with a short context.
+
+    Raises:
+        ParityError: An integer differs, or an error exceeds its bound.
+    """
+    exact = check_exact_weights(checkpoint, directory)
+    prompt = max(1, len(ids) - DECODE_STEPS)
+    model = checkpoint.load_model()
+    expected = _torch_logits(model, ids)
+    floor = relative_error(_perturbed_logits(model, checkpoint.names.embedding, ids), expected)
+    del model
+    with OnnxDecoder(directory) as decoder:
+        decoder.start(capacity=len(ids))
+        prefill = decoder.append(ids[None, :prompt])[0]
+        steps = [decoder.append(ids[None, i : i + 1])[0] for i in range(prompt, len(ids))]
+    decode = np.concatenate(steps) if steps else prefill[:0]
+    found = np.concatenate([prefill, decode])
+    report = ParityReport(
+        exact_weights=exact,
+        prefill_error=relative_error(prefill, expected[:prompt]),
+        decode_error=relative_error(decode, expected[prompt:]) if len(decode) else 0.0,
+        noise_floor=floor,
+        bound=max(FLOOR_FACTOR * floor, LEAST_BOUND),
+        top1_agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+    )
+    worst = max(report.prefill_error, report.decode_error)
+    if not worst <= report.bound:  # also refuses NaN
+        raise ParityError(
+            f"the exported graph departs from the torch reference: relative error of the logits {worst:.3g} "
+            f"(prefill {report.prefill_error:.3g}, decode {report.decode_error:.3g}), expected at most {report.bound:g}; "
+            "nothing was written. This is a fault of the export: please report it with the model's config.json"
+        )
+    return report
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return ||found - expected|| / ||expected|| of centred logits [T, V], in float64."""
+    a = found.astype(np.float64) - found.mean(axis=1, keepdims=True, dtype=np.float64)
+    b = expected.astype(np.float64) - expected.mean(axis=1, keepdims=True, dtype=np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def check_exact_weights(checkpoint: Checkpoint, directory: Path) -> int:
+    """Compare every quantized weight of the ONNX file with the checkpoint, integer by integer.
+
+    Returns:
+        The number of linears compared.
+
+    Raises:
+        ParityError: An integer differs, or a linear is missing from the graph.
+    """
+    initializers = ir.load(directory / GRAPH_NAME).graph.initializers
+    names = checkpoint.names
+    packed = [(block.query, block.key, block.value) for block in names.blocks]
+    alone = [(fqn,) for fqn in (*names.linears(), names.head)]
+    compared = 0
+    for fqns in [*packed, *alone]:
+        linears = [checkpoint.linear(fqn) for fqn in fqns]
+        key = f"{graph_name(fqns, names.head)}.weight"
+        if linears[0].activation is None or key not in initializers:
+            continue
+        tensor = initializers[key].const_value
+        assert tensor is not None
+        found = _stored_integers(tensor, linears)
+        expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
+        if found.shape != expected.shape or not np.array_equal(found, expected):
+            raise ParityError(f"{key}: the exported integers are not the checkpoint's; nothing was written")
+        compared += len(linears)
+    quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
+    if compared != quantized:
+        raise ParityError(f"the graph holds {compared} of {quantized} quantized linears; nothing was written")
+    return compared
+
+
+def graph_name(fqns: tuple[str, ...], head: str) -> str:
+    """Return the name under which linears that share an input stand in the graph."""
+    if len(fqns) > 1:
+        return f"{fqns[0].rpartition('.')[0]}.qkv"
+    return "lm_head" if fqns == (head,) else fqns[0]
+
+
+def _stored_integers(tensor: ir.TensorProtocol, linears: list[StoredLinear]) -> np.ndarray:
+    """Return the integers of an initializer as int8 [out, in], whichever kernel's layout it has."""
+    array = tensor.numpy()
+    if linears[0].weight.group_size is None:
+        return array.astype(np.int8).T
+    rows = sum(linear.out_features for linear in linears)
+    flat = array.reshape(rows, -1)
+    if linears[0].weight.bits == 8:
+        return (flat.astype(np.int16) - ZERO_POINT).astype(np.int8)
+    nibbles = np.stack((flat & 0x0F, flat >> 4), axis=-1).reshape(rows, -1)
+    return nibbles.astype(np.int8) - np.int8(8)
+
+
+def _torch_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        logits: np.ndarray = model(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
+    return logits
+
+
+def _perturbed_logits(model: PreTrainedModel, embedding: str, ids: np.ndarray) -> np.ndarray:
+    """Return the logits with seeded relative noise of size PERTURBATION on the embeddings."""
+    generator = torch.Generator().manual_seed(0)
+
+    def perturb(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * (1.0 + PERTURBATION * torch.randn(output.shape, generator=generator))
+
+    handle = model.get_submodule(embedding).register_forward_hook(perturb)
+    try:
+        return _torch_logits(model, ids)
+    finally:
+        handle.remove()
