@@ -140,6 +140,7 @@ def train_adapter(
         logger.warning("%s: no complete checkpoint, starting at step 0", checkpoint_dir)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
 
+    _declare_float(model)
     progress = TrainingProgress(tokens_until)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = AdapterTrainer(
@@ -183,6 +184,14 @@ def train_adapter(
         tokens_per_s=tokens / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _declare_float(model: PeftModel) -> None:
+    """Clear the mark that a dequantized GGUF model keeps and the Trainer refuses to train."""
+    base: Any = model.get_base_model()
+    weights_are_float = all(parameter.is_floating_point() for parameter in base.parameters())
+    if getattr(base, "is_quantized", False) and weights_are_float:
+        base.is_quantized = False
 
 
 def _rows(sequences: Sequence[TokenSequence], settings: TrainSettings) -> list[Row]:
