@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PreTrainedModel
 
@@ -304,6 +306,27 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match=r"model\.gguf: damaged, truncated or no GGUF"):
             load_model(path)
+
+
+def write_gguf(path: Path, architecture: str, tensor: str = "token_embd.weight") -> Path:
+    writer = GGUFWriter(path, architecture)
+    writer.add_tensor(tensor, np.ones((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_of_another_family_is_unsupported(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"gpt2\.gguf: model type 'gpt2'"):
+        load_model(write_gguf(tmp_path / "gpt2.gguf", "gpt2"))
+
+
+def test_a_gguf_whose_rotary_scaling_would_be_lost_is_unsupported(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "llama3.gguf", "llama", tensor="rope_freqs.weight")
+    with pytest.raises(UnsupportedModelError, match=r"llama3\.gguf: scales its rotary embedding"):
+        load_model(path)
 
 
 def test_without_the_demo_package_the_error_says_how_to_get_it(
