@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -274,6 +275,34 @@ def verify_files(directory: Path) -> Manifest:
                 "copy or make the artifact again"
             )
     return manifest
+
+
+def finished_artifact(
+    output: Path, kind: ArtifactKind, parents: Mapping[str, str], config: Mapping[str, JsonValue]
+) -> Manifest | None:
+    """Return the manifest of an output that this very stage has made already, or None.
+
+    Args:
+        output: where the stage would write.
+        kind: what it would make.
+        parents: digests of what it would make it from.
+        config: its resolved configuration.
+
+    Raises:
+        ConfigError: `output` exists and is anything else.
+        ArtifactError: it was this stage's, but a file is missing or damaged.
+    """
+    if not os.path.lexists(output):
+        return None
+    if output.is_dir() and is_artifact(output):
+        manifest = read_manifest(output)
+        plain_config = json.loads(json.dumps(config))
+        if (manifest.kind, manifest.parents, manifest.config) == (kind, parents, plain_config):
+            return verify_files(output)
+    raise ConfigError(
+        f"output {output}: exists already and was made from other inputs or settings; name another "
+        "directory or remove it first"
+    )
 
 
 @contextmanager

@@ -16,7 +16,12 @@ from deploy.text_data import read_text
 
 def sample_text(name: str) -> str:
     """Return a text that ships with the package: `calibration.txt` or `evaluation.txt`."""
-    return (resources.files("deploy") / "samples" / name).read_text(encoding="utf-8")
+    return sample_path(name).read_text(encoding="utf-8")
+
+
+def sample_path(name: str) -> Path:
+    """Return where a sample lies on disk."""
+    return Path(str(resources.files("deploy") / "samples" / name))
 
 
 def calibration_batches(

@@ -21,19 +21,27 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from deploy.artifact import ArtifactKind, Manifest, library_versions, new_artifact, write_manifest
+from deploy.artifact import (
+    MANIFEST_NAME,
+    ArtifactKind,
+    Manifest,
+    finished_artifact,
+    library_versions,
+    new_artifact,
+    write_manifest,
+)
 from deploy.calibration_text import sample_text
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.genai_config import genai_config
 from deploy.language_model import load_tokenizer
 from deploy.memory import peak_memory_bytes
-from deploy.parity import DECODE_STEPS, PROMPT_TOKENS, ParityReport, check_parity
+from deploy.parity import DECODE_STEPS, PROMPT_TOKENS, check_parity
 from deploy.rotation_file import ROTATION_NAME
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
 
 DATA_NAME = f"{GRAPH_NAME}.data"
-_NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, "rolora_manifest.json"}
+_NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, MANIFEST_NAME}
 
 
 class ExportFormat(StrEnum):
@@ -54,8 +62,6 @@ class ExportReport:
 
     output: Path
     manifest: Manifest
-    parity: ParityReport
-    operators: dict[str, int]
     peak_memory_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,8 +69,8 @@ class ExportReport:
         return {
             "output": str(self.output),
             "digest": self.manifest.digest,
-            "parity": self.parity.to_dict(),
-            "operators": self.operators,
+            "parity": self.manifest.checks["parity"],
+            "operators": self.manifest.details["operators"],
             "file_bytes": sum(record.bytes for record in self.manifest.files.values()),
             "peak_memory_bytes": self.peak_memory_bytes,
         }
@@ -88,6 +94,11 @@ def export_onnx(
         ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
     """
     with Checkpoint(checkpoint_directory) as checkpoint:
+        parents = {"checkpoint": checkpoint.manifest.digest}
+        config: dict[str, Any] = {"format": str(ExportFormat.ONNX), "target": str(target)}
+        if done := finished_artifact(output, ArtifactKind.ONNX, parents, config):
+            progress(f"{output} is finished already")
+            return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
             progress("building the graph")
@@ -95,8 +106,8 @@ def export_onnx(
             operators = count_operators(model)
             progress("writing the weights")
             ir.save(model, directory / GRAPH_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, max_workers=1)
-            config = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory)
-            (directory / GENAI_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            genai = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory)
+            (directory / GENAI_CONFIG_NAME).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
             for path in sorted(checkpoint_directory.iterdir()):
                 if path.is_file() and path.name not in _NOT_COPIED:
                     shutil.copyfile(path, directory / path.name)
@@ -106,14 +117,14 @@ def export_onnx(
                 directory,
                 Manifest(
                     ArtifactKind.ONNX,
-                    parents={"checkpoint": checkpoint.manifest.digest},
-                    config={"format": str(ExportFormat.ONNX), "target": str(target)},
+                    parents=parents,
+                    config=config,
                     versions=library_versions(),
                     checks={"parity": parity.to_dict()},
                     details={"scheme": checkpoint.manifest.details.get("scheme"), "operators": operators},
                 ),
             )
-    return ExportReport(output, manifest, parity, operators, peak_memory_bytes())
+    return ExportReport(output, manifest, peak_memory_bytes())
 
 
 def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:

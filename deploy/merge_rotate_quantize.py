@@ -17,22 +17,33 @@ import torch
 
 from deploy.adapter_artifact import StoredAdapter, open_adapter
 from deploy.architecture import decoder_names
-from deploy.artifact import ArtifactKind, Manifest, library_versions, new_artifact, write_manifest
+from deploy.artifact import (
+    ArtifactKind,
+    Manifest,
+    finished_artifact,
+    library_versions,
+    new_artifact,
+    write_manifest,
+)
 from deploy.calibration_text import calibration_batches
 from deploy.checkpoint import formats_to_details, weights_bytes, write_weights
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import LoadedModel, load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes
+from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from deploy.staging import require_free_space
 from reslora.merge import MergeMethod, merge_adapter
 from rolora.decoder import DecoderNames
-from rolora.fold import fold_norm_gains, untie_head
-from rolora.fuse import fuse_rotations
+from rolora.fold import untie_head
 from rolora.online import install_online_rotations
 from rolora.quantize import LayerError, plan_layers, quantize_decoder
 from rolora.rotation import RotationKind, RotationName, RotationPlan
-from rolora.scheme import QuantizationRecipe
+from rolora.scheme import QuantizationRecipe, Scheme
+
+
+FLOAT_SCHEME = "FP32"
+"""Scheme of a checkpoint that is merged and rotated, but not quantized."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +54,66 @@ class RotationChoice:
     kind: RotationKind = RotationKind.HADAMARD
     seed: int = 0
 
-    @classmethod
-    def parse(cls, text: str, kind: RotationKind, seed: int) -> RotationChoice:
-        """Read `r1,r2,r4` or `none`.
 
-        Raises:
-            ConfigError: A name is unknown.
-        """
-        words = [word.strip().upper() for word in text.split(",") if word.strip()]
-        if words == ["NONE"]:
-            return cls(frozenset(), kind, seed)
-        unknown = [word for word in words if word not in set(RotationName)]
-        if unknown or not words:
-            raise ConfigError(f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got {', '.join(unknown)}")
-        return cls(frozenset(RotationName(word) for word in words), kind, seed)
+def parse_rotation(text: str | None, kind: RotationKind, seed: int) -> RotationChoice | None:
+    """Read `r1,r2,r4` or `none`; without a text and with the default kind and seed, nothing was chosen.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    if text is None:
+        if (kind, seed) == (RotationKind.HADAMARD, 0):
+            return None
+        return RotationChoice(frozenset(RotationName), kind, seed)
+    words = [word.strip().upper() for word in text.split(",") if word.strip()]
+    if words == ["NONE"]:
+        return RotationChoice(frozenset(), kind, seed)
+    unknown = [word for word in words if word not in set(RotationName)]
+    if unknown or not words:
+        raise ConfigError(f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got {', '.join(unknown) or text}")
+    return RotationChoice(frozenset(RotationName(word) for word in words), kind, seed)
+
+
+def choose_recipe(
+    scheme: str,
+    *,
+    rotation: RotationChoice | None,
+    group_size: int | None = None,
+    clip_search: bool = True,
+    activation_clip: float | None = None,
+    static: bool | None = None,
+    embedding_bits: int = 8,
+    head_bits: int = 8,
+) -> QuantizationRecipe | None:
+    """Fill in what the user left open; None for FP32.
+
+    Args:
+        scheme: `W8A8`, `W4A4` ... or `FP32`.
+        rotation: The user's choice; static scales pay where R1 spreads the outliers.
+        group_size: Of the block weights.
+        clip_search: Search the clipping point of weight scales.
+        activation_clip: Of per-token scales; None is 1, or 0.9 for activations below 6 bits.
+        static: Calibrated scales after norms; None is yes if R1 is used.
+        embedding_bits: 8 or 32.
+        head_bits: 8 or 32.
+
+    Raises:
+        ValueError: The scheme is unknown or a value is out of range.
+    """
+    if scheme.strip().upper() == FLOAT_SCHEME:
+        return None
+    parsed = Scheme.parse(scheme)
+    rotated = rotation is None or RotationName.R1 in rotation.names
+    default_clip = 0.9 if parsed.activation_bits < 6 else 1.0
+    return QuantizationRecipe(
+        parsed,
+        group_size=group_size,
+        clip_search=clip_search,
+        activation_clip=default_clip if activation_clip is None else activation_clip,
+        static_after_norm=rotated if static is None else static,
+        embedding_bits=embedding_bits,
+        head_bits=head_bits,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,18 +155,17 @@ class CheckpointReport:
 
     output: Path
     manifest: Manifest
-    layer_errors: tuple[LayerError, ...]
     peak_memory_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        worst = max(self.layer_errors, key=lambda layer: layer.relative_error, default=None)
+        rounding: Any = self.manifest.details["rounding"]
         return {
             "output": str(self.output),
             "digest": self.manifest.digest,
-            "scheme": self.manifest.details.get("scheme"),
-            "layers": len(self.layer_errors),
-            "worst_layer": None if worst is None else asdict(worst),
+            "scheme": self.manifest.details["scheme"],
+            "quantized_layers": len(rounding),
+            "largest_rounding_error": max(rounding.items(), key=lambda item: item[1], default=None),
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -129,20 +185,25 @@ def merge_rotate_quantize(
         ArtifactError: A file is damaged, or the adapter belongs to another model.
         UnsupportedModelError: The model is of another family, or a size has no Hadamard matrix.
     """
+    progress(f"loading {settings.model}")
+    loaded = load_model(settings.model)
+    adapter = None if settings.adapter is None else open_adapter(settings.adapter)
+    parents = {"model": loaded.digest}
+    if adapter is not None:
+        adapter.require_base(loaded.digest, settings.model)
+        parents["adapter"] = adapter.manifest_digest
+    if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, settings.to_config()):
+        progress(f"{output} is finished already")
+        return CheckpointReport(output, done, peak_memory_bytes())
+    names = decoder_names(loaded.model.config)
+    plan = choose_rotation(names, settings.rotation, adapter)
     with new_artifact(output) as directory:
-        progress(f"loading {settings.model}")
-        loaded = load_model(settings.model)
-        names = decoder_names(loaded.model.config)
-        adapter = None if settings.adapter is None else open_adapter(settings.adapter)
-        if adapter is not None:
-            adapter.require_base(loaded.digest, settings.model)
-        plan = choose_rotation(names, settings.rotation, adapter)
         with torch.no_grad():
             merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings.merge, progress)
         errors = _quantize(loaded, names, settings, progress)
         progress("writing the checkpoint")
         details: dict[str, Any] = {
-            "scheme": "FP32" if settings.recipe is None else str(settings.recipe.scheme),
+            "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
             "linears": {} if settings.recipe is None else formats_to_details(plan_layers(names, settings.recipe)),
             "rounding": {error.fqn: error.relative_error for error in errors},
             "merge": merge_report,
@@ -151,7 +212,6 @@ def merge_rotate_quantize(
         save_tokenizer(loaded, directory)
         require_free_space(directory, weights_bytes(loaded.model))
         write_weights(directory, loaded.model)
-        parents = {"model": loaded.digest} | ({} if adapter is None else {"adapter": adapter.manifest_digest})
         manifest = write_manifest(
             directory,
             Manifest(
@@ -162,7 +222,7 @@ def merge_rotate_quantize(
                 details=details,
             ),
         )
-    return CheckpointReport(output, manifest, tuple(errors), peak_memory_bytes())
+    return CheckpointReport(output, manifest, peak_memory_bytes())
 
 
 def choose_rotation(
@@ -196,20 +256,6 @@ def choose_rotation(
         return RotationPlan.draw(names, wanted.names, wanted.kind, wanted.seed)
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
-
-
-def rotate_model(loaded: LoadedModel, names: DecoderNames, plan: RotationPlan) -> None:
-    """Fold the norms and fuse a rotation into a model, in place; online rotations are not installed.
-
-    Raises:
-        ArtifactError: A weight is not finite.
-    """
-    try:
-        untie_head(loaded.model, names)
-        fold_norm_gains(loaded.model, names)
-        fuse_rotations(loaded.model, names, plan)
-    except ValueError as error:
-        raise ArtifactError(f"{loaded.name}: cannot be rotated: {error}") from error
 
 
 def _merge_and_rotate(

@@ -1,0 +1,494 @@
+"""The command line: one subcommand a stage. Stages are imported only when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from deploy.errors import ConfigError, RoloraError
+
+app = typer.Typer(
+    name="rolora",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Fine-tune a language model with ResLoRA or RoLoRA, quantize weights and activations, export it to ONNX.\n\n"
+    "Exit codes: 0 done, 2 bad usage or configuration, 3 stage out of order, 4 unreadable or damaged artifact, "
+    "5 unsupported model, 6 a parity or quality check failed.",
+)
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+class MethodName(StrEnum):
+    """Values of --method."""
+
+    RESLORA = "reslora"
+    ROLORA = "rolora"
+    LORA = "lora"
+
+
+class StructureName(StrEnum):
+    """Values of --structure."""
+
+    BLOCK = "block"
+    INPUT = "input"
+    MIDDLE = "middle"
+
+
+class MergeName(StrEnum):
+    """Values of --merge."""
+
+    EXACT = "exact"
+
+
+class KindName(StrEnum):
+    """Values of --rotation-kind."""
+
+    HADAMARD = "hadamard"
+    ORTHOGONAL = "orthogonal"
+
+
+class WeightsName(StrEnum):
+    """Values of --weights."""
+
+    RTN = "rtn"
+
+
+class FormatName(StrEnum):
+    """Values of --format."""
+
+    ONNX = "onnx"
+
+
+class TargetName(StrEnum):
+    """Values of --target."""
+
+    CPU = "cpu"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; everything else goes to stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")]
+Output = Annotated[Path, typer.Option("--output", help="Directory to make. It must not exist, or be this very result.")]
+MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
+
+
+@app.command("finetune")
+def finetune_command(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    data: Annotated[str, typer.Option(help="Training rows: JSONL(.gz) or text file, or hub id.")],
+    output: Output,
+    method: Annotated[MethodName, typer.Option(help="What is trained, and in which basis.")] = MethodName.RESLORA,
+    structure: Annotated[
+        StructureName | None, typer.Option(help="ResLoRA shortcut; reslora takes block unless told otherwise.")
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Previous layers a shortcut reaches; -1 is all of them.")] = 4,
+    rank: Annotated[int, typer.Option(help="Rank r of the update.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha / rank. [default: rank]")] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout on the input of the adapters.")] = 0.0,
+    targets: Annotated[str, typer.Option(help="Adapted linears: a list of q,k,v,o,gate,up,down, or all.")] = "q,v",
+    validation: Annotated[
+        str | None, typer.Option(help="Validation rows. [default: a share of the training rows]")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows per process and step.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches summed into one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    max_tokens: Annotated[int, typer.Option(help="Longest row, in tokens.")] = 512,
+    packing: Annotated[bool, typer.Option(help="Put several examples into a row, invisible to each other.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third slower.")] = False,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations; 0: only at the end.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between training checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of data order, initialization and dropout.")] = 0,
+    rotation_kind: Annotated[KindName, typer.Option(help="Rotation of method rolora.")] = KindName.HADAMARD,
+    rotation_seed: Annotated[int, typer.Option(help="Seed of the rotation of method rolora.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest training checkpoint.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (LoRA on the rotated model)."""
+    from deploy.finetune import FinetuneSettings, Method, finetune
+    from reslora.config import AdapterConfig, Structure
+    from reslora.settings import TrainSettings
+    from rolora.rotation import RotationKind
+
+    if structure is None and method is MethodName.RESLORA:
+        structure = StructureName.BLOCK
+    with _bad_values():
+        adapter = AdapterConfig(
+            rank=rank,
+            alpha=float(rank) if alpha is None else alpha,
+            dropout=dropout,
+            structure=None if structure is None else Structure(structure),
+            depth=depth,
+        )
+        training = TrainSettings(
+            max_steps=max_steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            learning_rate=learning_rate,
+            max_tokens=max_tokens,
+            packing=packing,
+            gradient_checkpointing=gradient_checkpointing,
+            eval_every=eval_every,
+            save_every=save_every,
+            seed=seed,
+        )
+    settings = FinetuneSettings(
+        model=model,
+        data=data,
+        validation=validation,
+        method=Method(method),
+        adapter=adapter,
+        targets=targets,
+        training=training,
+        rotation_kind=RotationKind(rotation_kind),
+        rotation_seed=rotation_seed,
+    )
+    if dry_run:
+        _print_json({"stage": "finetune", "output": str(output), **settings.to_config()})
+        return
+    report = finetune(settings, output, resume=resume, progress=_log_step)
+    if report is None:
+        return
+    training_result = report.to_dict()["training"]
+    _finish(
+        report.to_dict(),
+        as_json,
+        [
+            ("adapter", str(output)),
+            ("steps", str(training_result["steps"])),
+            ("first and last loss", _first_and_last(training_result["loss"])),
+            ("validation loss", _first_and_last(training_result["eval_loss"])),
+            ("trainable parameters", f"{training_result['trainable_parameters']:,}"),
+            ("next", f"rolora merge-rotate-quantize --model {model} --adapter {output} --scheme W8A8 --output ..."),
+        ],
+    )
+
+
+@app.command("merge-rotate-quantize")
+def merge_rotate_quantize_command(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    scheme: Annotated[str, typer.Option(help="W8A8, W4A8, W4A4, W6A6 ... or FP32 to merge and rotate only.")],
+    output: Output,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to merge; it must have been trained on the model.")] = None,
+    merge: Annotated[MergeName, typer.Option(help="How the adapter is merged.")] = MergeName.EXACT,
+    rotate: Annotated[
+        str | None, typer.Option(help="A list of r1,r2,r4, or none. [default: the adapter's own, else r1,r2,r4]")
+    ] = None,
+    rotation_kind: Annotated[KindName, typer.Option(help="How the rotations are drawn.")] = KindName.HADAMARD,
+    rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
+    weights: Annotated[WeightsName, typer.Option(help="How weights are rounded.")] = WeightsName.RTN,
+    group_size: Annotated[
+        int | None, typer.Option(help="Input columns that share a weight scale; needs A8. [default: whole channels]")
+    ] = None,
+    clip_search: Annotated[bool, typer.Option(help="Search the clipping point of each weight scale.")] = True,
+    activation_clip: Annotated[
+        float | None, typer.Option(help="Part of a token's range that its scale covers. [default: 1, or 0.9 below 6 bits]")
+    ] = None,
+    static: Annotated[
+        bool | None,
+        typer.Option("--static/--dynamic", help="Calibrated scales after norms. [default: static if R1 is used]"),
+    ] = None,
+    embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
+    head_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration text: JSONL(.gz) or text file, or hub id. [default: a sample of ours]")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter, rotate outliers away, and quantize weights and activations."""
+    from deploy.merge_rotate_quantize import CheckpointSettings, choose_recipe, merge_rotate_quantize, parse_rotation
+    from reslora.merge import MergeMethod
+    from rolora.rotation import RotationKind
+
+    rotation = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed)
+    with _bad_values():
+        recipe = choose_recipe(
+            scheme,
+            rotation=rotation,
+            group_size=group_size,
+            clip_search=clip_search,
+            activation_clip=activation_clip,
+            static=static,
+            embedding_bits=embedding_bits,
+            head_bits=head_bits,
+        )
+    settings = CheckpointSettings(
+        model=model,
+        adapter=adapter,
+        merge=MergeMethod(merge),
+        rotation=rotation,
+        recipe=recipe,
+        calibration=calibration,
+    )
+    if dry_run:
+        _print_json({"stage": "merge-rotate-quantize", "output": str(output), **settings.to_config()})
+        return
+    with stderr.status("starting") as status:
+        report = merge_rotate_quantize(settings, output, lambda step: status.update(step))
+    _finish(
+        report.to_dict(),
+        as_json,
+        [
+            ("checkpoint", str(output)),
+            ("scheme", str(report.to_dict()["scheme"])),
+            ("quantized layers", str(report.to_dict()["quantized_layers"])),
+            ("peak memory", _megabytes(report.peak_memory_bytes)),
+            ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
+        ],
+    )
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[Path, typer.Option(help="What merge-rotate-quantize wrote.")],
+    output: Output,
+    file_format: Annotated[FormatName, typer.Option("--format", help="File format.")] = FormatName.ONNX,
+    target: Annotated[TargetName, typer.Option(help="Processor whose kernels the graph addresses.")] = TargetName.CPU,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint to ONNX with integer operators, and check it against torch."""
+    from deploy.export import Target, export_onnx
+
+    if dry_run:
+        _print_json({"stage": "export", "checkpoint": str(checkpoint), "format": file_format, "target": target})
+        return
+    with stderr.status("starting") as status:
+        report = export_onnx(checkpoint, output, Target(target), lambda step: status.update(step))
+    result = report.to_dict()
+    _finish(
+        result,
+        as_json,
+        [
+            ("export", str(output)),
+            ("size", _megabytes(result["file_bytes"])),
+            ("nodes", str(sum(result["operators"].values()))),
+            ("parity", f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}"),
+            ("peak memory", _megabytes(report.peak_memory_bytes)),
+            ("next", f"rolora run --model {output} --chat --prompt ..."),
+        ],
+    )
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[Path, typer.Option(help="What export wrote.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or the user's turn with --chat.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text with an exported model, piece by piece, in onnxruntime-genai."""
+    from deploy.run import Sampling, TextGenerator
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    if system is not None and not chat:
+        raise ConfigError("--system needs --chat")
+    generator = TextGenerator(model)
+    text = prompt
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        text = generator.chat_prompt([*messages, {"role": "user", "content": prompt}])
+    pieces = []
+    for piece in generator.stream(text, sampling):
+        pieces.append(piece)
+        if not as_json:
+            stdout.out(piece, end="", highlight=False)
+            sys.stdout.flush()
+    if as_json:
+        _print_json({"model": str(model), "prompt": prompt, "text": "".join(pieces)})
+    else:
+        stdout.out("")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Option(help=f"An export, a checkpoint, or: {MODEL_HELP}")],
+    data: Annotated[str | None, typer.Option(help="Text, as for --calibration. [default: a sample of ours]")] = None,
+    reference: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    tasks: Annotated[str, typer.Option(help="A list of ppl, kl.")] = "ppl",
+    windows: Annotated[int, typer.Option(help="Windows, evenly spaced over the text.")] = 12,
+    window_tokens: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, and divergence from a reference, of any model on a text."""
+    from deploy.calibration_text import sample_text
+    from deploy.evaluate import cut_windows, evaluate_model, evaluation_summary, parse_tasks
+    from deploy.language_model import open_language_model
+    from deploy.text_data import read_text
+
+    chosen = parse_tasks(tasks)
+    text = sample_text("evaluation.txt") if data is None else read_text(data)
+    with stderr.status("loading") as status:
+        opened = open_language_model(model, threads=threads)
+        compared = None if reference is None else open_language_model(reference, threads=threads)
+        cut = cut_windows(opened.tokenizer, text, windows, window_tokens)
+        results = evaluate_model(
+            opened.model,
+            None if compared is None else compared.model,
+            cut,
+            chosen,
+            lambda done: status.update(f"window {done} of {windows}"),
+        )
+    summary = evaluation_summary(model, reference, results, cut)
+    _finish(summary, as_json, [(name, f"{value:.6g}") for name, value in results.items()])
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[Path, typer.Option(help="What export wrote.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 128,
+    runs: Annotated[int, typer.Option(help="Runs; the figures are medians.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure prompt and decode speed, time to first token, memory and size of an export."""
+    from deploy.bench import BenchSettings, bench_onnx
+
+    with stderr.status("measuring") as status:
+        report = bench_onnx(
+            model,
+            BenchSettings(prompt_tokens, new_tokens, runs, threads),
+            lambda done: status.update(f"run {done} of {runs}"),
+        )
+    _finish(
+        report.to_dict(),
+        as_json,
+        [
+            ("prefill", f"{report.prefill_tokens_per_s:.0f} tokens/s"),
+            ("decode", f"{report.decode_tokens_per_s:.1f} tokens/s"),
+            ("time to first token", f"{report.time_to_first_token_s:.3f} s"),
+            ("load", f"{report.load_s:.2f} s"),
+            ("peak memory", _megabytes(report.peak_rss_bytes)),
+            ("files", _megabytes(report.file_bytes)),
+        ],
+    )
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(help="An adapter, checkpoint or export.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact is: manifest, sizes, operators, checks."""
+    from deploy.describe import describe_artifact
+
+    description = describe_artifact(directory, verify=verify)
+    _finish(description.to_dict(), as_json, description.summary())
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option(help="Directory that keeps all artifacts.")] = Path("artifacts/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole path on SmolLM2-135M: fine-tune, quantize four ways, export, compare, answer."""
+    from deploy.demo import DemoSettings, run_demo
+
+    report = run_demo(DemoSettings(steps=steps, threads=threads), output, _log_step)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    table = Table("model", "ppl ratio", "top-1", "file", "prefill tok/s", "decode tok/s")
+    for row in report.rows:
+        table.add_row(
+            row.label,
+            f"{row.ppl_ratio:.4g}",
+            f"{row.top1_agreement:.1%}",
+            _megabytes(row.file_bytes),
+            f"{row.prefill_tokens_per_s:.0f}",
+            f"{row.decode_tokens_per_s:.1f}",
+        )
+    stdout.print(table)
+    stdout.print(f"Q: {report.question}\nA: {report.answer}", markup=False)
+    stdout.print(f"\nEverything is kept in {output}. Ask it yourself:", markup=False)
+    stdout.print(f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'", markup=False)
+
+
+class _bad_values:  # noqa: N801 - reads as a clause: `with _bad_values():`
+    """Turn the ValueError of an option's value into an error of the command line."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            raise ConfigError(str(error)) from error
+
+
+def _log_step(line: str) -> None:
+    logging.getLogger("rolora").info(line)
+
+
+def _finish(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) -> None:
+    """Print a result: as JSON, or as a table of names and values."""
+    if as_json:
+        _print_json(result)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    stdout.print(table, markup=False)
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    stdout.out(json.dumps(result, indent=2, default=str), highlight=False)
+
+
+def _first_and_last(points: list[list[float]]) -> str:
+    if not points:
+        return "none"
+    return f"{points[0][1]:.4f}, {points[-1][1]:.4f}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's fault becomes a message and an exit code, a bug a traceback."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=stderr, show_path=False, markup=False)]
+    )
+    for noisy in ("httpx", "datasets", "transformers", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except RoloraError as error:
+        stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; nothing half-written is left", markup=False)
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

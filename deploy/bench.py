@@ -1,0 +1,136 @@
+"""Speed of an exported directory: prompt and decode tokens per second, time to first token, memory, size, load time.
+
+Each run starts from an empty cache: one prompt, then tokens one by one, as a caller of plain ONNX Runtime would do it. The figures
+are medians over the runs; what a run took is reported too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.artifact import ArtifactKind, read_manifest
+from deploy.errors import ConfigError
+from deploy.memory import peak_memory_bytes
+from deploy.session import OnnxDecoder
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    runs: int = 5
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A count is below 1.
+        """
+        if min(self.prompt_tokens, self.new_tokens, self.runs, self.threads or 1) < 1:
+            raise ConfigError(f"bench: every count must be at least 1, got {asdict(self)}")
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """One run, in seconds."""
+
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Medians over the runs."""
+
+    model: str
+    settings: BenchSettings
+    load_s: float
+    runs: tuple[BenchRun, ...]
+    peak_rss_bytes: int
+    file_bytes: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second, median."""
+        return self.settings.prompt_tokens / self.time_to_first_token_s
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """New tokens per second after the first, median."""
+        return self.settings.new_tokens / statistics.median(run.decode_s for run in self.runs)
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        """Seconds from the prompt to the first token, median."""
+        return statistics.median(run.prefill_s for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {
+            "model": self.model,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "time_to_first_token_s": self.time_to_first_token_s,
+            "load_s": self.load_s,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "file_bytes": self.file_bytes,
+            "settings": asdict(self.settings),
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+def bench_onnx(
+    directory: Path, settings: BenchSettings, progress: Callable[[int], None] = lambda done: None
+) -> BenchReport:
+    """Measure an exported directory; one more run comes first to warm up and is not counted.
+
+    Args:
+        directory: What `rolora export` wrote.
+        settings: What to measure.
+        progress: Called with the number of finished runs.
+
+    Raises:
+        ConfigError: The tokens do not fit the model's context.
+        StageOrderError: The directory is no export.
+        ArtifactError: ONNX Runtime cannot load it.
+    """
+    manifest = read_manifest(directory, ArtifactKind.ONNX)
+    started = time.perf_counter()
+    with OnnxDecoder(directory, threads=settings.threads) as decoder:
+        load_s = time.perf_counter() - started
+        runs = []
+        for done in range(settings.runs + 1):
+            run = _measure(decoder, settings)
+            if done:
+                runs.append(run)
+            progress(done)
+    return BenchReport(
+        model=str(directory),
+        settings=settings,
+        load_s=load_s,
+        runs=tuple(runs),
+        peak_rss_bytes=peak_memory_bytes(),
+        file_bytes=sum(record.bytes for record in manifest.files.values()),
+    )
+
+
+def _measure(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
+    """Time one prompt and its continuation; tokens are random, seeded, and equal in every run."""
+    ids = np.random.default_rng(0).integers(0, decoder.vocab_size, settings.prompt_tokens + settings.new_tokens)
+    decoder.start(capacity=len(ids))
+    started = time.perf_counter()
+    decoder.append(ids[None, : settings.prompt_tokens])
+    prefilled = time.perf_counter()
+    for position in range(settings.prompt_tokens, len(ids)):
+        decoder.append(ids[None, position : position + 1])
+    return BenchRun(prefilled - started, time.perf_counter() - prefilled)

@@ -1,0 +1,181 @@
+"""The first stage: model + data -> adapter.
+
+    lora      PEFT's LoRA (arXiv:2106.09685)
+    reslora   LoRA with shortcuts between the layers (arXiv:2402.18039)
+    rolora    rotate first, train LoRA on the rotated weights, keep the rotation with the adapter (arXiv:2407.08044)
+
+Under `accelerate launch` every process trains, and the first one writes. Training checkpoints lie in `<output>.training` until
+the adapter is written, so that a killed run can go on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from deploy.architecture import decoder_names, resolve_targets
+from deploy.artifact import (
+    ArtifactKind,
+    Manifest,
+    finished_artifact,
+    hash_file,
+    library_versions,
+    new_artifact,
+    write_manifest,
+)
+from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.loading import LoadedModel, load_model
+from deploy.rotate import rotate_model
+from deploy.rotation_file import save_rotation
+from reslora.adapter import save_adapter
+from reslora.attach import attach_adapters
+from reslora.config import AdapterConfig
+from reslora.row_formats import Example
+from reslora.rows import read_rows
+from reslora.settings import TrainSettings
+from reslora.train import TrainReport, train_adapter
+from rolora.decoder import DecoderNames
+from rolora.online import install_online_rotations
+from rolora.rotation import RotationKind, RotationName, RotationPlan
+
+
+class Method(StrEnum):
+    """What is trained, and in which basis."""
+
+    LORA = "lora"
+    RESLORA = "reslora"
+    ROLORA = "rolora"
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Resolved settings of the stage."""
+
+    model: str
+    data: str
+    method: Method
+    adapter: AdapterConfig
+    targets: str = "q,v"
+    validation: str | None = None
+    training: TrainSettings = field(default_factory=TrainSettings)
+    rotation_kind: RotationKind = RotationKind.HADAMARD
+    rotation_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check method and structure against each other.
+
+        Raises:
+            ConfigError: reslora without a structure, or lora with one.
+        """
+        if self.method is Method.RESLORA and self.adapter.structure is None:
+            raise ConfigError("--method reslora needs --structure block")
+        if self.method is Method.LORA and self.adapter.structure is not None:
+            raise ConfigError(f"--structure {self.adapter.structure}: --method lora has no shortcuts; use --method reslora")
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the settings as plain data for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What the stage did."""
+
+    output: Path
+    manifest: Manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {"output": str(self.output), "digest": self.manifest.digest, "training": self.manifest.details["training"]}
+
+
+def finetune(
+    settings: FinetuneSettings, output: Path, *, resume: bool = False, progress: Callable[[str], None] = lambda step: None
+) -> FinetuneReport | None:
+    """Run the stage.
+
+    Args:
+        settings: What to do.
+        output: The adapter directory to make.
+        resume: Go on from the newest training checkpoint of an interrupted run.
+        progress: Called with a line for each step.
+
+    Returns:
+        The report; None in all but the first of several processes.
+
+    Raises:
+        ConfigError: Data, settings or output cannot be used, or the loss is not finite.
+        ArtifactError: A file is damaged or the disk is full.
+        UnsupportedModelError: The model is of another family, or a size has no Hadamard matrix.
+    """
+    examples = _read(settings.data)
+    validation = None if settings.validation is None else _read(settings.validation)
+    progress(f"loading {settings.model}")
+    loaded = load_model(settings.model)
+    parents = {"model": loaded.digest} | _data_digests(settings)
+    if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
+        progress(f"{output} is finished already")
+        return FinetuneReport(output, done)
+    names = decoder_names(loaded.model.config)
+    plan = _rotate(loaded, names, settings)
+    progress(f"training {len(examples)} examples")
+    model = attach_adapters(loaded.model, settings.adapter, resolve_targets(names, settings.targets))
+    if plan is not None:
+        install_online_rotations(model, plan, names)
+    checkpoints = output.with_name(f"{output.name}.training")
+    try:
+        training = train_adapter(model, loaded.tokenizer, examples, validation, settings.training, checkpoints, resume)
+    except ValueError as error:
+        raise ConfigError(f"training: {error}") from error
+    if int(os.environ.get("RANK", "0")) != 0:
+        return None
+    with new_artifact(output) as directory:
+        save_adapter(model, settings.adapter, directory)
+        details: dict[str, Any] = {"training": _summary(training)} | save_rotation(directory, plan)
+        manifest = write_manifest(
+            directory,
+            Manifest(
+                ArtifactKind.ADAPTER,
+                parents=parents,
+                config=settings.to_config(),
+                versions=library_versions(),
+                details=details,
+            ),
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return FinetuneReport(output, manifest)
+
+
+def _read(source: str) -> list[Example]:
+    try:
+        return read_rows(source)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
+    """Return the digests of the data files; a hub data set has none."""
+    sources = {"data": settings.data, "validation": settings.validation}
+    return {role: hash_file(Path(source)) for role, source in sources.items() if source and Path(source).is_file()}
+
+
+def _rotate(loaded: LoadedModel, names: DecoderNames, settings: FinetuneSettings) -> RotationPlan | None:
+    if settings.method is not Method.ROLORA:
+        return None
+    try:
+        plan = RotationPlan.draw(names, frozenset(RotationName), settings.rotation_kind, settings.rotation_seed)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{loaded.name}: {error}") from error
+    rotate_model(loaded, names, plan)
+    return plan
+
+
+def _summary(report: TrainReport) -> dict[str, Any]:
+    """Return what a training run did without its clock, which would make equal adapters differ."""
+    timed = {"seconds", "tokens_per_s", "peak_rss_bytes"}
+    return {key: value for key, value in report.to_dict().items() if key not in timed}
