@@ -39,7 +39,16 @@ def build_llama(layers: int = 4, vocabulary: int = 300) -> LlamaForCausalLM:
 
 def build_tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
     """Return a character-level tokenizer, with or without a chat template."""
-    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    special = [
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        "<unk>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+    ]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: index for index, token in enumerate(special + characters)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
