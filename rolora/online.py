@@ -54,10 +54,7 @@ class OnlineRotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rotate x [..., l * r]; computes in the dtype of the matrices, returns the dtype of x."""
         groups = x.reshape(*x.shape[:-1], self.left.shape[0], self.right.shape[0]).to(self.left)
-        if self.right.shape[0] > 1:
-            groups = groups @ self.right  # [..., l, r] x [r, r]
-        if self.left.shape[0] > 1:
-            groups = self.left.T @ groups  # [l, l] x [..., l, r]
+        groups = self.left.T @ (groups @ self.right)  # [l, l] x ([..., l, r] x [r, r])
         return groups.reshape(x.shape).to(x)
 
 

@@ -1,6 +1,6 @@
 """Tiny hostile decoders of each family, in float64.
 
-Hostile: gains around 1.3 with both signs, biases, an embedding whose mean is not zero, grouped heads
+Hostile: gains of both signs around 1.3, biases, an embedding whose mean is not zero, grouped heads
 whose total width is not the hidden size, and an MLP width with no power of two above 4.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rolora.decoder import BlockNames, DecoderNames
 
@@ -49,12 +49,34 @@ class TinyDecoder:
     names: DecoderNames
 
     def logits(self) -> Tensor:
-        """Return logits [2, tokens, vocabulary] of fixed token ids; every id occurs at least once."""
+        """Return logits [4, tokens, vocabulary] of fixed ids, most of the vocabulary among them."""
         ids = torch.arange(4 * TOKENS) * 17 % VOCABULARY
         with torch.no_grad():
             logits = self.model(input_ids=ids.reshape(4, TOKENS)).logits
         assert isinstance(logits, Tensor)
         return logits
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of all parameters and buffers."""
+        return {key: value.clone() for key, value in self.model.state_dict().items()}
+
+    def error_to(self, expected: Tensor) -> float:
+        """Return the largest difference to expected logits, relative to the largest of these."""
+        return float((self.logits() - expected).abs().max() / expected.abs().max())
+
+    @property
+    def rounding(self) -> float:
+        """Bound of `error_to` for a model that differs by float64 rounding alone.
+
+        A sum of n products is off by at most n eps of its absolute sum. A block chains about eight
+        (its linears, and the products that fold and rotate them), none wider than the widest
+        dimension; norms keep the relative size of an error, residual sums add the blocks' errors,
+        and the head is one block more.
+        """
+        names = self.names
+        attention = names.num_heads * names.head_dim
+        widest = max(names.hidden_size, names.intermediate_size, attention)
+        return 8 * (len(names.blocks) + 1) * widest * torch.finfo(torch.float64).eps
 
 
 class DoubleNorm(nn.Module):
@@ -69,7 +91,9 @@ class DoubleNorm(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-def decoder_names(family: Family) -> DecoderNames:
+def decoder_names(config: PreTrainedConfig) -> DecoderNames:
+    """Spell the names of all four families here, so that these tests need nothing but rolora."""
+
     def block(layer: int) -> BlockNames:
         base = f"model.layers.{layer}"
         return BlockNames(
@@ -86,20 +110,20 @@ def decoder_names(family: Family) -> DecoderNames:
 
     return DecoderNames(
         embedding="model.embed_tokens",
-        blocks=tuple(block(layer) for layer in range(LAYERS)),
+        blocks=tuple(block(layer) for layer in range(config.num_hidden_layers)),
         final_norm="model.norm",
         head="lm_head",
-        hidden_size=HIDDEN,
-        intermediate_size=family.intermediate_size,
-        head_dim=family.head_dim,
-        num_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        head_dim=config.head_dim,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
     )
 
 
-def build_decoder(model_type: str, *, tied: bool = False) -> TinyDecoder:
+def build_config(model_type: str, *, tied: bool = False) -> PreTrainedConfig:
     family = FAMILIES[model_type]
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         model_type,
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -112,6 +136,10 @@ def build_decoder(model_type: str, *, tied: bool = False) -> TinyDecoder:
         tie_word_embeddings=tied,
         **family.options,
     )
+
+
+def build_decoder(model_type: str, *, tied: bool = False) -> TinyDecoder:
+    config = build_config(model_type, tied=tied)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
     for fqn, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
@@ -130,7 +158,7 @@ def build_decoder(model_type: str, *, tied: bool = False) -> TinyDecoder:
                 parameter.copy_(0.7 + noise)
             else:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
-    return TinyDecoder(model, decoder_names(family))
+    return TinyDecoder(model, decoder_names(config))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -143,13 +171,11 @@ def make_decoder() -> Callable[..., TinyDecoder]:
     return build_decoder
 
 
-def logits_bound(decoder: TinyDecoder) -> float:
-    """Bound the largest logit difference that rounding explains, relative to the largest logit.
+@pytest.fixture
+def names() -> DecoderNames:
+    return decoder_names(build_config("llama"))
 
-    A sum of n products is off by at most n eps of its absolute sum. A block chains about eight sums (the
-    linears and the products of the rotation), the widest over the largest size of the model; norms of
-    random inputs keep the relative size of an error, residuals add one error a block.
-    """
-    names = decoder.names
-    widest = max(names.hidden_size, names.intermediate_size, names.num_heads * names.head_dim)
-    return 8 * (LAYERS + 1) * widest * torch.finfo(torch.float64).eps
+
+@pytest.fixture
+def names_of() -> Callable[[PreTrainedConfig], DecoderNames]:
+    return decoder_names

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rolora.decoder import DecoderNames
+from rolora.kronecker import (
+    dense_rotation,
+    factored_hadamard_rotation,
+    hadamard_rotation,
+    random_signs,
+)
+from rolora.rotation import (
+    Application,
+    RotationKind,
+    RotationName,
+    RotationPlan,
+    Side,
+    applications,
+)
+
+R1, R2, R4 = RotationName
+ALL = tuple(RotationName)
+EPS = torch.finfo(torch.float64).eps
+
+
+@pytest.fixture(params=RotationKind)
+def plan(request: pytest.FixtureRequest, names: DecoderNames) -> RotationPlan:
+    return RotationPlan.draw(names, ALL, request.param, seed=5)
+
+
+def rotations_of(plan: RotationPlan) -> list[Tensor]:
+    return [plan.find(name, layer).dense() for name in ALL for layer in (0, 1, 2)]
+
+
+# --- one rotation
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([1, 2, 4, 12, 20, 36, 44, 48, 64]), st.integers(0, 2**40), st.integers(1, 3))
+def test_rotate_is_a_product_with_the_dense_matrix(n: int, seed: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 2, groups * n, dtype=torch.float64, generator=generator)
+    rotation = hadamard_rotation(random_signs(n, generator))
+    dense = rotation.dense()
+    bound = 8 * n * EPS
+    identity = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(dense @ dense.T, identity, rtol=0, atol=bound)
+    product = (x.reshape(3, 2, groups, n) @ dense).reshape(x.shape)
+    atol = bound * float(x.abs().max()) * n**0.5
+    torch.testing.assert_close(rotation.rotate(x), product, rtol=0, atol=atol)
+    torch.testing.assert_close(rotation.unrotate(rotation.rotate(x)), x, rtol=0, atol=atol)
+
+
+def test_rotating_twice_is_not_the_identity() -> None:
+    rotation = hadamard_rotation(random_signs(36, torch.Generator().manual_seed(1)))
+    x = torch.randn(5, 36, dtype=torch.float64)
+    assert (rotation.rotate(rotation.rotate(x)) - x).abs().max() > 0.1
+
+
+def test_factored_rotation_is_the_kronecker_product_of_its_matrices() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rotation = factored_hadamard_rotation(random_signs(12, generator), random_signs(4, generator))
+    product = torch.kron(rotation.left, rotation.right)
+    torch.testing.assert_close(rotation.dense(), product, rtol=0, atol=48 * EPS)
+    assert (rotation.dense().abs() - 48**-0.5).abs().max() < 48 * EPS  # a Hadamard matrix still
+
+
+def test_a_rotation_keeps_dtype_and_refuses_another_size() -> None:
+    rotation = dense_rotation(torch.eye(6, dtype=torch.float64))
+    assert rotation.rotate(torch.ones(2, 12, dtype=torch.float32)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"size 6: .*multiple of it, got .*\(2, 9\)"):
+        rotation.rotate(torch.ones(2, 9))
+    with pytest.raises(ValueError, match="size 6"):
+        rotation.unrotate(torch.ones(2, 9))
+
+
+def test_a_rotation_spreads_an_outlier() -> None:
+    rotation = hadamard_rotation(random_signs(576, torch.Generator().manual_seed(3)))
+    outlier = torch.zeros(576, dtype=torch.float64)
+    outlier[17] = 24.0
+    torch.testing.assert_close(rotation.rotate(outlier).abs(), torch.ones_like(outlier))
+
+
+# --- drawing
+
+
+def test_all_drawn_matrices_are_orthogonal_and_of_the_models_sizes(
+    plan: RotationPlan, names: DecoderNames
+) -> None:
+    sizes = [names.hidden_size] * 3 + [names.head_dim] * 3 + [names.intermediate_size] * 3
+    for dense, size in zip(rotations_of(plan), sizes, strict=True):
+        identity = torch.eye(size, dtype=torch.float64)
+        torch.testing.assert_close(dense @ dense.T, identity, rtol=0, atol=32 * size * EPS)
+
+
+def test_layers_differ_in_r2_only(plan: RotationPlan) -> None:
+    r1, _, other_r1, *r2, r4, _, other_r4 = rotations_of(plan)
+    assert torch.equal(r1, other_r1)
+    assert torch.equal(r4, other_r4)
+    assert not torch.equal(r2[0], r2[1])
+    assert not torch.equal(r2[1], r2[2])
+
+
+def test_a_seed_names_one_plan(plan: RotationPlan, names: DecoderNames) -> None:
+    assert RotationPlan.draw(names, ALL, plan.kind, seed=5).digest == plan.digest
+    assert RotationPlan.draw(names, ALL, plan.kind, seed=6).digest != plan.digest
+
+
+def test_a_rotation_does_not_depend_on_which_others_are_drawn(
+    plan: RotationPlan, names: DecoderNames
+) -> None:
+    for name in ALL:
+        alone = RotationPlan.draw(names, [name], plan.kind, seed=5)
+        assert alone.names == {name}
+        assert torch.equal(alone.find(name, 1).dense(), plan.find(name, 1).dense())
+
+
+def test_drawing_leaves_the_global_random_state_alone(names: DecoderNames) -> None:
+    before = torch.get_rng_state()
+    for kind in RotationKind:
+        RotationPlan.draw(names, ALL, kind, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_size_without_hadamard_names_rotation_size_and_way_out(names: DecoderNames) -> None:
+    odd = dataclasses.replace(names, intermediate_size=172)
+    message = "R4 over intermediate_size = 172: .*--rotation-kind orthogonal"
+    with pytest.raises(ValueError, match=message):
+        RotationPlan.draw(odd, ALL, RotationKind.HADAMARD, seed=0)
+    plan = RotationPlan.draw(odd, ALL, RotationKind.ORTHOGONAL, seed=0)
+    assert plan.r4 is not None
+    assert (plan.r4.left.shape[0], plan.r4.right.shape[0]) == (4, 43)
+
+
+def test_a_prime_size_gets_one_dense_matrix(names: DecoderNames) -> None:
+    prime = dataclasses.replace(names, intermediate_size=43)
+    plan = RotationPlan.draw(prime, [R4], RotationKind.ORTHOGONAL, seed=0)
+    assert plan.r4 is not None
+    assert (plan.r4.left.shape[0], plan.r4.right.shape[0]) == (1, 43)
+
+
+def test_no_rotation_is_a_plan_without_applications(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, [], RotationKind.HADAMARD, seed=0)
+    assert plan.names == frozenset()
+    assert applications(plan, names) == []
+    with pytest.raises(ValueError, match="expected R1 in it"):
+        plan.find(R1, 0)
+
+
+def test_r2_of_a_layer_that_is_not_there_is_refused(plan: RotationPlan) -> None:
+    for layer in (None, -1, 3):
+        with pytest.raises(ValueError, match="from 0 to 2"):
+            plan.find(R2, layer)
+
+
+# --- saving and loading
+
+
+def test_saved_plan_is_the_same_plan(plan: RotationPlan, tmp_path: Path) -> None:
+    save_file(plan.to_tensors(), tmp_path / "rotation.safetensors")
+    metadata = json.loads(json.dumps(plan.to_metadata()))
+    loaded = RotationPlan.from_saved(metadata, load_file(tmp_path / "rotation.safetensors"))
+    assert (loaded.kind, loaded.seed, loaded.digest) == (plan.kind, plan.seed, plan.digest)
+    for ours, theirs in zip(rotations_of(loaded), rotations_of(plan), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_hadamard_plan_saves_signs_alone(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, ALL, RotationKind.HADAMARD, seed=0)
+    saved = {name: (tensor.dtype, *tensor.shape) for name, tensor in plan.to_tensors().items()}
+    assert saved == {
+        "R1.signs": (torch.int8, 36),
+        "R2.signs": (torch.int8, 3, 12),
+        "R4.left_signs": (torch.int8, 1),
+        "R4.right_signs": (torch.int8, 44),
+    }
+    assert plan.to_metadata()["rotations"]["R4"]["construction"] == "paley1(44) x sylvester(1)"
+
+
+def test_the_digest_pins_the_hadamard_construction(names: DecoderNames) -> None:
+    # A golden value: if it changes, saved rotations of earlier versions are refused. It stands for
+    # all signs +1 at sizes 36, 12, 44, and depends on no random generator.
+    plan = RotationPlan.draw(names, ALL, RotationKind.HADAMARD, seed=0)
+    ones = {name: torch.ones_like(tensor) for name, tensor in plan.to_tensors().items()}
+    digest = "4fe0dcb240b740824f421736e2d59353833f77936cccb1923cea2cbeb61525fd"
+    saved = plan.to_metadata() | {"digest": digest}
+    assert RotationPlan.from_saved(saved, ones).digest == digest
+
+
+def test_another_hadamard_construction_is_refused(
+    names: DecoderNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = RotationPlan.draw(names, [R1], RotationKind.HADAMARD, seed=0)
+    saved, tensors = plan.to_metadata(), plan.to_tensors()
+    original = torch.kron
+    monkeypatch.setattr(torch, "kron", lambda a, b: original(a, b).flip(0))
+    with pytest.raises(ValueError, match="other Hadamard matrices"):
+        RotationPlan.from_saved(saved, tensors)
+
+
+def test_changed_content_is_refused(plan: RotationPlan) -> None:
+    for name, tensor in plan.to_tensors().items():
+        changed = tensor.clone()
+        changed.flatten()[-1:].neg_() if tensor.dtype == torch.int8 else changed[..., -1, :].neg_()
+        with pytest.raises(ValueError, match=f"digest {plan.digest}, got"):
+            RotationPlan.from_saved(plan.to_metadata(), plan.to_tensors() | {name: changed})
+
+
+def test_the_other_plans_tensors_are_refused(plan: RotationPlan, names: DecoderNames) -> None:
+    other = RotationPlan.draw(names, ALL, plan.kind, seed=6)
+    with pytest.raises(ValueError, match="digest"):
+        RotationPlan.from_saved(plan.to_metadata(), other.to_tensors())
+
+
+def test_a_matrix_that_is_not_orthogonal_is_refused(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, ALL, RotationKind.ORTHOGONAL, seed=0)
+    for name, tensor in plan.to_tensors().items():
+        for broken in (tensor * (1 + 1e-9), tensor * torch.nan):
+            with pytest.raises(ValueError, match=f"{name}: expected an orthogonal matrix"):
+                RotationPlan.from_saved(plan.to_metadata(), plan.to_tensors() | {name: broken})
+        with pytest.raises(ValueError, match=f"{name}: .*float64 matrices, got torch.float32"):
+            RotationPlan.from_saved(plan.to_metadata(), plan.to_tensors() | {name: tensor.float()})
+        with pytest.raises(ValueError, match=f"{name}: expected . dimensions"):
+            RotationPlan.from_saved(plan.to_metadata(), plan.to_tensors() | {name: tensor[None]})
+
+
+def test_signs_that_are_no_signs_are_refused(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, ALL, RotationKind.HADAMARD, seed=0)
+    for name, tensor in plan.to_tensors().items():
+        for value in (0, 2, -128):
+            broken = torch.full_like(tensor, value)
+            with pytest.raises(ValueError, match=f"{name}: expected signs of"):
+                RotationPlan.from_saved(plan.to_metadata(), plan.to_tensors() | {name: broken})
+        with pytest.raises(ValueError, match=f"{name}: expected signs in int8"):
+            RotationPlan.from_saved(plan.to_metadata(), plan.to_tensors() | {name: tensor.float()})
+
+
+def test_missing_and_unknown_tensors_are_refused(plan: RotationPlan) -> None:
+    tensors = plan.to_tensors()
+    with pytest.raises(ValueError, match=r"unknown tensors \['R3.signs'\]"):
+        RotationPlan.from_saved(plan.to_metadata(), tensors | {"R3.signs": torch.ones(3)})
+    for name in tensors:
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        with pytest.raises(ValueError, match=f"{name}|digest"):
+            RotationPlan.from_saved(plan.to_metadata(), rest)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kind", "learned", "kind: expected one of .*got 'learned'"),
+        ("kind", None, "kind: expected one of"),
+        ("seed", "5", "seed: expected an integer"),
+        ("digest", None, "digest None"),
+    ],
+)
+def test_bad_metadata_is_refused(
+    plan: RotationPlan, field: str, value: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RotationPlan.from_saved(plan.to_metadata() | {field: value}, plan.to_tensors())
+
+
+def test_a_plan_of_the_other_kind_is_refused(plan: RotationPlan) -> None:
+    other = {"hadamard": "orthogonal", "orthogonal": "hadamard"}[plan.kind]
+    with pytest.raises(ValueError, match="unknown tensors"):
+        RotationPlan.from_saved(plan.to_metadata() | {"kind": other}, plan.to_tensors())
+
+
+# --- the table
+
+
+def test_every_rotation_that_is_put_on_is_undone(plan: RotationPlan, names: DecoderNames) -> None:
+    table = applications(plan, names)
+    block = names.blocks[1]
+    readers = [
+        fqn
+        for b in names.blocks
+        for fqn in (b.query, b.key, b.value, b.gate, b.up)
+    ]  # fmt: skip
+    writers = [fqn for b in names.blocks for fqn in (b.output, b.down)]
+
+    def fqns(name: RotationName, *, inverse: bool) -> list[str]:
+        return [a.fqn for a in table if a.rotation is name and a.inverse is inverse]
+
+    assert fqns(R1, inverse=False) == [names.embedding, *writers]
+    assert fqns(R1, inverse=True) == [*readers, names.head]
+    assert [a for a in table if a.rotation is R2 and a.layer == 1] == [
+        Application(block.value, Side.OUTPUT, R2, 1, inverse=False, online=False),
+        Application(block.output, Side.INPUT, R2, 1, inverse=True, online=False),
+    ]
+    assert [a for a in table if a.rotation is R4 and a.layer == 1] == [
+        Application(block.down, Side.INPUT, R4, 1, inverse=False, online=True),
+        Application(block.down, Side.INPUT, R4, 1, inverse=True, online=False),
+    ]
+    assert all(a.inverse == (a.side is Side.INPUT) for a in table if not a.online)
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "message"),
+    [
+        ("hidden_size", 40, "R1, hidden_size: expected 40 as in the model, got .* 36"),
+        ("head_dim", 8, "R2, head_dim: expected 8"),
+        ("intermediate_size", 40, "R4, intermediate_size: expected 40"),
+        ("blocks", (), "R2, number of layers: expected 0 .* got .* 3"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(
+    plan: RotationPlan, names: DecoderNames, size: str, value: object, message: str
+) -> None:
+    other = dataclasses.replace(names, **{size: value})
+    with pytest.raises(ValueError, match=message):
+        applications(plan, other)
