@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedConfig
 
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig, Structure
@@ -27,9 +27,11 @@ class Ladder(nn.Module):
             nn.ModuleDict({"up": nn.Linear(width, 13), "down": nn.Linear(13, width)})
             for _ in range(depth)
         )
-        self.config: dict[str, Any] = {}
+        self.config = PreTrainedConfig()  # PEFT reads its model_type
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        """Take the name and the surplus arguments that PEFT passes."""
+        x = input_ids
         for block in self.blocks:
             x = x + block["down"](torch.tanh(block["up"](x)))
         return x

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from reslora.attach import attach_adapters
+from reslora.checkpoints import MARKER_FILE
+from reslora.config import AdapterConfig, Structure
+from reslora.train import TrainReport, TrainSettings, train_adapter
+from tests.reslora.tiny import build_llama, tiny_examples
+
+BLOCK = AdapterConfig(rank=3, structure=Structure.BLOCK)
+QUICK = TrainSettings(max_steps=3, batch_size=2, max_tokens=48, learning_rate=1e-2)
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: Any,
+    targets: list[str],
+    directory: Path,
+    settings: TrainSettings = QUICK,
+    *,
+    resume: bool = False,
+) -> TrainReport:
+    attached = attach_adapters(model, BLOCK, targets)
+    examples = tiny_examples(12)
+    return train_adapter(attached, tokenizer, examples, None, settings, directory, resume)
+
+
+def run_tiny(*arguments: str) -> int:
+    script = Path(__file__).with_name("train_tiny.py")
+    command = [sys.executable, "-W", "ignore", str(script), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, timeout=120).returncode
+
+
+def test_killed_while_saving_then_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    assert run_tiny(whole, str(tmp_path / "a")) == 0
+    assert run_tiny(killed, str(tmp_path / "b"), "--die", "6") == -signal.SIGKILL
+    half_written = tmp_path / "b" / "checkpoint-6"
+    assert (half_written / "adapter_model.safetensors").is_file()
+    assert not (half_written / MARKER_FILE).exists()
+    assert run_tiny(killed, str(tmp_path / "b"), "--resume") == 0
+    file = "adapter_model.safetensors"
+    assert Path(killed, file).read_bytes() == Path(whole, file).read_bytes()
+    reports = [json.loads(Path(name, "report.json").read_text()) for name in (whole, killed)]
+    assert reports[1]["resumed_from_step"] == 4
+    assert reports[0]["loss"] == reports[1]["loss"]
+    assert reports[0]["eval_loss"] == reports[1]["eval_loss"]
+
+
+def test_training_lowers_the_loss_and_reports(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    frozen = {n: p.clone() for n, p in llama.named_parameters()}
+    settings = TrainSettings(
+        max_steps=25, batch_size=6, max_tokens=48, learning_rate=3e-2, eval_every=0, warmup_ratio=0
+    )
+    report = train(llama, chat_tokenizer, targets, tmp_path, settings)
+    assert report.loss[-1][1] < 0.8 * report.loss[0][1]
+    assert [step for step, _ in report.loss] == list(range(1, 26))
+    assert [step for step, _ in report.eval_loss] == [25]
+    assert (report.train_rows, report.validation_rows) == (11, 1)
+    assert report.trainable_parameters == 4 * 3 * ((24 + 24) + (24 + 12) + (40 + 24))
+    assert report.tokens > 25 * 6 * 20
+    assert report.peak_rss_bytes > 1e8
+    assert json.loads(json.dumps(report.to_dict()))["steps"] == 25
+    assert capsys.readouterr().out == ""
+    for name, parameter in llama.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, frozen[name.replace(".base_layer", "")])
+
+
+def test_packing_and_checkpointed_activations_train_alike(
+    targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    losses = []
+    for recompute in (False, True):
+        settings = TrainSettings(
+            max_steps=3, batch_size=2, max_tokens=90, packing=True, gradient_checkpointing=recompute
+        )
+        directory = tmp_path / str(recompute)
+        report = train(build_llama(), chat_tokenizer, targets, directory, settings)
+        assert report.train_rows < 11
+        losses.append(report.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_names_the_step(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    with torch.no_grad():
+        llama.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"training step 1: loss is nan; check .* learning rate"):
+        train(llama, chat_tokenizer, targets, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_resuming_a_finished_run_trains_no_further(
+    targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    models = [build_llama(), build_llama()]
+    first = train(models[0], chat_tokenizer, targets, tmp_path)
+    second = train(models[1], chat_tokenizer, targets, tmp_path, resume=True)
+    assert (second.resumed_from_step, second.tokens) == (3, 0)
+    assert (second.loss, second.eval_loss) == (first.loss, first.eval_loss)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    assert train(llama, chat_tokenizer, targets, tmp_path, resume=True).resumed_from_step == 0
+
+
+def test_other_settings_and_old_checkpoints_are_refused(
+    targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    train(build_llama(), chat_tokenizer, targets, tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(build_llama(), chat_tokenizer, targets, tmp_path)
+    other = TrainSettings(max_steps=3, batch_size=2, max_tokens=48, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 then, 0.001 now"):
+        train(build_llama(), chat_tokenizer, targets, tmp_path, other, resume=True)
+
+
+def test_interrupt_passes_through_and_leaves_the_model_usable(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reslora.trainer.mark_complete", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, chat_tokenizer, targets, tmp_path)
+    assert not llama.training
+    assert all(parameter.grad is None for parameter in llama.parameters())

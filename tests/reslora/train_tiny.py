@@ -1,0 +1,72 @@
+"""Train a tiny model in a process of its own: `train_tiny.py OUTPUT CHECKPOINTS [--resume]`.
+
+With `--die N` the process kills itself with SIGKILL while it saves the checkpoint of step N: the
+weights are written, the rest is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from reslora import trainer
+from reslora.adapter import save_adapter
+from reslora.attach import attach_adapters, attached_config
+from reslora.config import AdapterConfig, Structure
+from reslora.train import TrainSettings, train_adapter
+from tests.reslora.tiny import build_llama, build_tokenizer, tiny_examples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("checkpoints", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--die", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build_llama(layers=2)
+    names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    config = AdapterConfig(rank=2, dropout=0.2, structure=Structure.BLOCK)
+    attached = attach_adapters(model, config, names)
+    if options.die:
+        save = trainer.save_adapter
+
+        def save_and_die(*args: object, **kwargs: object) -> None:
+            save(*args, **kwargs)  # type: ignore[arg-type]
+            if int(Path(str(args[2])).name.rsplit("-", 1)[1]) == options.die:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer.save_adapter = save_and_die
+    settings = TrainSettings(
+        max_steps=7,
+        batch_size=3,
+        gradient_accumulation=2,
+        max_tokens=48,
+        save_every=2,
+        eval_every=2,
+    )
+    report = train_adapter(
+        attached,
+        build_tokenizer(chat=True),
+        tiny_examples(20),
+        None,
+        settings,
+        options.checkpoints,
+        options.resume,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_adapter(attached, attached_config(attached), options.output)
+        (options.output / "report.json").write_text(json.dumps(report.to_dict()))
+
+
+if __name__ == "__main__":
+    main()
