@@ -166,7 +166,8 @@ def train_adapter(
     finally:
         progress.close()
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            base: Any = model.get_base_model()
+            base.activation_checkpointing_disable()
         model.zero_grad(set_to_none=True)
         model.eval()
     seconds = time.perf_counter() - started
