@@ -65,6 +65,8 @@ def fuse_rotations(
         if RotationName.R1 in plan.names:
             _check_gains_folded(model, names)
         _check_unshared(model, by_module)
+        for entry in table:
+            _check_divides(_rotatable(model, entry.fqn), entry, plan)
         for fqn, entries in by_module.items():
             _check_result_finite(model, fqn, entries, plan)
         for fqn, entries in by_module.items():
@@ -213,8 +215,6 @@ def _check_result_finite(
     norm = sum(float(weight[rows].double().square().sum()) for rows in row_chunks(weight)) ** 0.5
     bias_norm = 0.0 if bias is None else float(bias.double().norm())
     if norm <= largest and bias_norm <= largest:
-        for entry in entries:
-            _check_divides(module, fqn, entry, plan)
         return
     results = [
         _rotated_weight(module, rows, entries, plan).to(weight.dtype).isfinite().all()
@@ -230,13 +230,13 @@ def _check_result_finite(
 
 
 def _check_divides(
-    module: nn.Linear | nn.Embedding, fqn: str, entry: Application, plan: RotationPlan
+    module: nn.Linear | nn.Embedding, entry: Application, plan: RotationPlan
 ) -> None:
     rows_are_inputs = isinstance(module, nn.Embedding) or entry.side is Side.INPUT
     length = module.weight.shape[1 if rows_are_inputs else 0]
     size = plan.find(entry.rotation, entry.layer).size
     if length % size:
         raise ValueError(
-            f"{fqn}: expected its {entry.side} to be a multiple of {size}, the size of "
+            f"{entry.fqn}: expected its {entry.side} to be a multiple of {size}, the size of "
             f"{entry.rotation}, got {length}"
         )
