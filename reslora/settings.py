@@ -32,9 +32,9 @@ class TrainSettings:
     """Optimizer steps; None trains `epochs`."""
     epochs: float = 1.0
     """Passes over the data; ignored where `max_steps` is given."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Rows a process handles at once (packed rows, when packing)."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = 2
     """Batches summed into one step."""
     learning_rate: float = 2e-4
     warmup_ratio: float = 0.06

@@ -7,7 +7,8 @@ random states, and count only when complete.
 Invariant: for equal inputs, settings, number of processes and library versions on the CPU, a run
 that is killed and resumed ends with the same adapter weights, bit for bit, as one that was not.
 
-`accelerate launch --num_processes N` works as it stands; `batch_size` is then per process.
+Several processes: `accelerate launch --multi_gpu --num_processes N` (or torchrun), on CPUs too,
+where torch's gloo carries the gradients. `batch_size` is then per process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Sequence
@@ -141,6 +143,7 @@ def train_adapter(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
 
     _declare_float(model)
+    _warn_if_alone(arguments.world_size)
     progress = TrainingProgress(tokens_until)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = AdapterTrainer(
@@ -185,6 +188,18 @@ def train_adapter(
         tokens_per_s=tokens / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _warn_if_alone(processes: int) -> None:
+    """Without --multi_gpu, accelerate on CPUs sets up for N processes and starts one."""
+    launched_for_several = (
+        "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    )
+    if processes == 1 and launched_for_several and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "accelerate was asked for several processes but started one: add --multi_gpu "
+            "(it works on CPUs too), or use torchrun"
+        )
 
 
 def _declare_float(model: PeftModel) -> None:

@@ -95,7 +95,9 @@ def test_packing_and_checkpointed_activations_train_alike(
         report = train(build_llama(), chat_tokenizer, targets, directory, settings)
         assert report.train_rows < 11
         losses.append(report.loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert [loss for _, loss in losses[0]] == pytest.approx(
+        [loss for _, loss in losses[1]], rel=1e-5
+    )
 
 
 def test_a_loss_that_is_no_number_names_the_step(
@@ -158,3 +160,27 @@ def test_interrupt_passes_through_and_leaves_the_model_usable(
         train(llama, chat_tokenizer, targets, tmp_path)
     assert not llama.training
     assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    dropout = ("--dropout", "0")
+    assert run_tiny(one, str(tmp_path / "a"), *dropout, "--batch-size", "6") == 0
+    script = str(Path(__file__).with_name("train_tiny.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        *launcher,
+        script,
+        two,
+        str(tmp_path / "b"),
+        *dropout,
+    ]
+    assert subprocess.run(command, check=False, capture_output=True, timeout=180).returncode == 0
+    reports = [json.loads(Path(name, "report.json").read_text()) for name in (one, two)]
+    assert reports[0]["tokens"] == reports[1]["tokens"]
+    losses = [[loss for _, loss in report["loss"]] for report in reports]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

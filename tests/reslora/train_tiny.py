@@ -31,11 +31,13 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die", type=int, default=0)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--batch-size", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build_llama(layers=2)
     names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
-    config = AdapterConfig(rank=2, dropout=0.2, structure=Structure.BLOCK)
+    config = AdapterConfig(rank=2, dropout=options.dropout, structure=Structure.BLOCK)
     attached = attach_adapters(model, config, names)
     if options.die:
         save = trainer.save_adapter
@@ -48,7 +50,7 @@ def main() -> None:
         trainer.save_adapter = save_and_die
     settings = TrainSettings(
         max_steps=7,
-        batch_size=3,
+        batch_size=options.batch_size,
         gradient_accumulation=2,
         max_tokens=48,
         save_every=2,
