@@ -26,17 +26,21 @@ buildah_here umount "$base" > /dev/null
 buildah_here commit --quiet "$base" localhost/bookworm > /dev/null
 
 echo "== image"
-# `pip config list` prints global.name='value' and :env:.name='value'.
+# `pip config list` prints global.name='value' and :env:.name='value'. The files it names are mounted
+# below /mnt: at their own path they would be in the way of packages that the build installs.
 {
     echo "[global]"
-    .venv/bin/python -m pip config list 2> /dev/null | sed -nE "s/^[^ =]+\.([a-z-]+)='(.*)'$/\1 = \2/p" \
-        | sort --unique --field-separator='=' --key=1,1
+    .venv/bin/python -m pip config list 2> /dev/null \
+        | sed -nE "s/^[^ =]+\.([a-z-]+)='(.*)'$/\1 = \2/p" | sort --unique --field-separator='=' --key=1,1
 } > "$work/pip.conf"
 mounts=(--volume "$work/pip.conf:/etc/pip.conf:ro")
-for path in $(grep -oE '/[A-Za-z0-9._/-]+' "$work/pip.conf" | sed -E 's#^//+#/#; s#/simple$##' | sort --unique); do
-    if [ -e "$path" ]; then mounts+=(--volume "$path:$path:ro"); fi
+for path in $(grep -oE '/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+' "$work/pip.conf" | sed 's#/simple$##' | sort --unique); do
+    if [ -e "$path" ]; then
+        mounts+=(--volume "$path:/mnt$path:ro")
+        sed -i -E "s#([^A-Za-z0-9._-]/{0,2})$path(/simple)?( |\$)#\1/mnt$path\2\3#g" "$work/pip.conf"
+    fi
 done
-time buildah_here bud --quiet --network host --tag localhost/rolora \
+time buildah_here bud --network host --tag localhost/rolora \
     --build-arg BASE_IMAGE=localhost/bookworm --build-arg TORCH_INDEX= "${mounts[@]}" .
 
 mkdir "$work/models"
