@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -102,6 +102,7 @@ def sequence_of(length: int, start: int = 5) -> TokenSequence:
     return TokenSequence(ids, ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(2, 32), min_size=1, max_size=40))
 def test_packing_keeps_every_sequence_whole(lengths: list[int]) -> None:
     sequences = [sequence_of(length) for length in lengths]
@@ -148,6 +149,7 @@ def test_packed_loss_is_the_mean_over_the_sequences(llama: LlamaForCausalLM) -> 
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 99), min_size=1, max_size=50), st.integers(1, 150), st.integers(1, 6)
 )

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reslora.chains import Chain, find_chains
@@ -48,6 +48,7 @@ def test_window(position: int, reach: int, expected: tuple[int, ...]) -> None:
     assert chain.window(position, reach) == expected
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.builds("layers.{}.{}".format, st.integers(0, 12), st.sampled_from("qkv")),

@@ -100,6 +100,7 @@ MESSAGES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(MORE_KEYS), JSON_VALUES | MESSAGES, max_size=5))
 def test_any_row_gives_a_usable_example_or_an_error_with_its_place(row: dict[str, Any]) -> None:
     try:
@@ -192,6 +193,7 @@ def test_hub_rows_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
         read_rows("someone/data", split="test")
 
 
+@settings(deadline=None)
 @given(st.integers(2, 60), st.floats(0, 0.99), st.integers(0, 3))
 def test_validation_split(count: int, fraction: float, seed: int) -> None:
     examples = [Example(str(index), text="x") for index in range(count)]
