@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -143,8 +144,6 @@ def _load_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:
     with redirect_stderr(io.StringIO()):
         model = _load_weights(path.parent, dtype, gguf_file=path.name)
         tokenizer = _load_tokenizer(path.parent, gguf_file=path.name)
-    # Weights are plain tensors now; what remains would make a saved model claim to be GGUF.
-    del model.config.quantization_config
     model.config._name_or_path = name
     return LoadedModel(model, tokenizer, name, digest_files([path]))
 
@@ -175,6 +174,7 @@ def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrai
             AutoModelForCausalLM.from_pretrained,
             directory,
             config=config,
+            quantization_config=GgufConfig(dequantize=True) if "gguf_file" in source else None,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,

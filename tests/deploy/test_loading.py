@@ -350,6 +350,8 @@ def test_the_demo_model_knows_the_capital_of_france(
     loaded = load_model("smollm2-135m")
     assert capfd.readouterr() == ("", "")
     assert not hasattr(loaded.model.config, "quantization_config")
+    assert not getattr(loaded.model, "is_quantized", False)  # the Trainer would refuse it
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     save_tokenizer(loaded, tmp_path)
     prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
