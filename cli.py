@@ -1,4 +1,7 @@
-"""The command line: one subcommand a stage. Stages are imported only when they run, so that `--help` is quick."""
+"""The command line: one subcommand a stage.
+
+Stages are imported only when they run, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Fine-tune a language model with ResLoRA or RoLoRA, quantize weights and activations, export it to ONNX.\n\n"
-    "Exit codes: 0 done, 2 bad usage or configuration, 3 stage out of order, 4 unreadable or damaged artifact, "
+    help="Fine-tune a language model with ResLoRA or RoLoRA, quantize weights and activations, "
+    "export it to ONNX.\n\n"
+    "Exit codes: 0 done, 2 bad usage or configuration, 3 stage out of order, 4 unreadable or "
+    "damaged     artifact, "
     "5 unsupported model, 6 a parity or quality check failed.",
 )
 stdout = Console(highlight=False)
@@ -63,6 +68,7 @@ class WeightsName(StrEnum):
     """Values of --weights."""
 
     RTN = "rtn"
+    GPTQ = "gptq"
 
 
 class FormatName(StrEnum):
@@ -77,9 +83,17 @@ class TargetName(StrEnum):
     CPU = "cpu"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; everything else goes to stderr.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print the result as JSON on stdout; everything else goes to stderr."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")]
-Output = Annotated[Path, typer.Option("--output", help="Directory to make. It must not exist, or be this very result.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", help="Directory to make. It must not exist, or be this very result."),
+]
 MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
 
 
@@ -88,36 +102,57 @@ def finetune_command(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help="Training rows: JSONL(.gz) or text file, or hub id.")],
     output: Output,
-    method: Annotated[MethodName, typer.Option(help="What is trained, and in which basis.")] = MethodName.RESLORA,
+    method: Annotated[
+        MethodName, typer.Option(help="What is trained, and in which basis.")
+    ] = MethodName.RESLORA,
     structure: Annotated[
-        StructureName | None, typer.Option(help="ResLoRA shortcut; reslora takes block unless told otherwise.")
+        StructureName | None,
+        typer.Option(help="ResLoRA shortcut; reslora takes block unless told otherwise."),
     ] = None,
-    depth: Annotated[int, typer.Option(help="Previous layers a shortcut reaches; -1 is all of them.")] = 4,
+    depth: Annotated[
+        int, typer.Option(help="Previous layers a shortcut reaches; -1 is all of them.")
+    ] = 4,
     rank: Annotated[int, typer.Option(help="Rank r of the update.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha / rank. [default: rank]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The update is scaled by alpha / rank. [default: rank]")
+    ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout on the input of the adapters.")] = 0.0,
-    targets: Annotated[str, typer.Option(help="Adapted linears: a list of q,k,v,o,gate,up,down, or all.")] = "q,v",
+    targets: Annotated[
+        str, typer.Option(help="Adapted linears: a list of q,k,v,o,gate,up,down, or all.")
+    ] = "q,v",
     validation: Annotated[
         str | None, typer.Option(help="Validation rows. [default: a share of the training rows]")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; overrides --epochs.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Rows per process and step.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches summed into one step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
     max_tokens: Annotated[int, typer.Option(help="Longest row, in tokens.")] = 512,
-    packing: Annotated[bool, typer.Option(help="Put several examples into a row, invisible to each other.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third slower.")] = False,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations; 0: only at the end.")] = 100,
+    packing: Annotated[
+        bool, typer.Option(help="Put several examples into a row, invisible to each other.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Less memory, about a third slower.")
+    ] = False,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between validations; 0: only at the end.")
+    ] = 100,
     save_every: Annotated[int, typer.Option(help="Steps between training checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of data order, initialization and dropout.")] = 0,
-    rotation_kind: Annotated[KindName, typer.Option(help="Rotation of method rolora.")] = KindName.HADAMARD,
+    rotation_kind: Annotated[
+        KindName, typer.Option(help="Rotation of method rolora.")
+    ] = KindName.HADAMARD,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotation of method rolora.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest training checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest training checkpoint.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (LoRA on the rotated model)."""
+    """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (rotated LoRA)."""
     from deploy.finetune import FinetuneSettings, Method, finetune
     from reslora.config import AdapterConfig, Structure
     from reslora.settings import TrainSettings
@@ -173,7 +208,11 @@ def finetune_command(
             ("first and last loss", _first_and_last(training_result["loss"])),
             ("validation loss", _first_and_last(training_result["eval_loss"])),
             ("trainable parameters", f"{training_result['trainable_parameters']:,}"),
-            ("next", f"rolora merge-rotate-quantize --model {model} --adapter {output} --scheme W8A8 --output ..."),
+            (
+                "next",
+                f"rolora merge-rotate-quantize --model {model} --adapter {output} --scheme W8A8 "
+                f"--output ...",
+            ),
         ],
     )
 
@@ -181,37 +220,67 @@ def finetune_command(
 @app.command("merge-rotate-quantize")
 def merge_rotate_quantize_command(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    scheme: Annotated[str, typer.Option(help="W8A8, W4A8, W4A4, W6A6 ... or FP32 to merge and rotate only.")],
+    scheme: Annotated[
+        str, typer.Option(help="W8A8, W4A8, W4A4, W6A6 ... or FP32 to merge and rotate only.")
+    ],
     output: Output,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter to merge; it must have been trained on the model.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter to merge; it must have been trained on the model.")
+    ] = None,
     merge: Annotated[MergeName, typer.Option(help="How the adapter is merged.")] = MergeName.EXACT,
     rotate: Annotated[
-        str | None, typer.Option(help="A list of r1,r2,r4, or none. [default: the adapter's own, else r1,r2,r4]")
+        str | None,
+        typer.Option(
+            help="A list of r1,r2,r4, or none. [default: the adapter's own, else r1,r2,r4]"
+        ),
     ] = None,
-    rotation_kind: Annotated[KindName, typer.Option(help="How the rotations are drawn.")] = KindName.HADAMARD,
+    rotation_kind: Annotated[
+        KindName, typer.Option(help="How the rotations are drawn.")
+    ] = KindName.HADAMARD,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
-    weights: Annotated[WeightsName, typer.Option(help="How weights are rounded.")] = WeightsName.RTN,
+    weights: Annotated[
+        WeightsName, typer.Option(help="How weights are rounded.")
+    ] = WeightsName.RTN,
     group_size: Annotated[
-        int | None, typer.Option(help="Input columns that share a weight scale; needs A8. [default: whole channels]")
+        int | None,
+        typer.Option(
+            help="Input columns that share a weight scale; needs A8. [default: whole channels]"
+        ),
     ] = None,
-    clip_search: Annotated[bool, typer.Option(help="Search the clipping point of each weight scale.")] = True,
+    clip_search: Annotated[
+        bool, typer.Option(help="Search the clipping point of each weight scale.")
+    ] = True,
     activation_clip: Annotated[
-        float | None, typer.Option(help="Part of a token's range that its scale covers. [default: 1, or 0.9 below 6 bits]")
+        float | None,
+        typer.Option(
+            help="Part of a token's range that its scale covers. [default: 1, or 0.9 below 6 bits]"
+        ),
     ] = None,
     static: Annotated[
         bool | None,
-        typer.Option("--static/--dynamic", help="Calibrated scales after norms. [default: static if R1 is used]"),
+        typer.Option(
+            "--static/--dynamic",
+            help="Calibrated scales after norms. [default: static if R1 is used]",
+        ),
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
     head_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
     calibration: Annotated[
-        str | None, typer.Option(help="Calibration text: JSONL(.gz) or text file, or hub id. [default: a sample of ours]")
+        str | None,
+        typer.Option(
+            help="Calibration text: JSONL(.gz) or text file, or hub id. [default: a sample of ours]"
+        ),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter, rotate outliers away, and quantize weights and activations."""
-    from deploy.merge_rotate_quantize import CheckpointSettings, choose_recipe, merge_rotate_quantize, parse_rotation
+    from deploy.merge_rotate_quantize import (
+        CheckpointSettings,
+        choose_recipe,
+        merge_rotate_quantize,
+        parse_rotation,
+    )
     from reslora.merge import MergeMethod
     from rolora.rotation import RotationKind
 
@@ -220,6 +289,7 @@ def merge_rotate_quantize_command(
         recipe = choose_recipe(
             scheme,
             rotation=rotation,
+            weights=weights,
             group_size=group_size,
             clip_search=clip_search,
             activation_clip=activation_clip,
@@ -236,7 +306,9 @@ def merge_rotate_quantize_command(
         calibration=calibration,
     )
     if dry_run:
-        _print_json({"stage": "merge-rotate-quantize", "output": str(output), **settings.to_config()})
+        _print_json(
+            {"stage": "merge-rotate-quantize", "output": str(output), **settings.to_config()}
+        )
         return
     with stderr.status("starting") as status:
         report = merge_rotate_quantize(settings, output, lambda step: status.update(step))
@@ -257,8 +329,12 @@ def merge_rotate_quantize_command(
 def export_command(
     checkpoint: Annotated[Path, typer.Option(help="What merge-rotate-quantize wrote.")],
     output: Output,
-    file_format: Annotated[FormatName, typer.Option("--format", help="File format.")] = FormatName.ONNX,
-    target: Annotated[TargetName, typer.Option(help="Processor whose kernels the graph addresses.")] = TargetName.CPU,
+    file_format: Annotated[
+        FormatName, typer.Option("--format", help="File format.")
+    ] = FormatName.ONNX,
+    target: Annotated[
+        TargetName, typer.Option(help="Processor whose kernels the graph addresses.")
+    ] = TargetName.CPU,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -266,7 +342,14 @@ def export_command(
     from deploy.export import Target, export_onnx
 
     if dry_run:
-        _print_json({"stage": "export", "checkpoint": str(checkpoint), "format": file_format, "target": target})
+        _print_json(
+            {
+                "stage": "export",
+                "checkpoint": str(checkpoint),
+                "format": file_format,
+                "target": target,
+            }
+        )
         return
     with stderr.status("starting") as status:
         report = export_onnx(checkpoint, output, Target(target), lambda step: status.update(step))
@@ -278,7 +361,10 @@ def export_command(
             ("export", str(output)),
             ("size", _megabytes(result["file_bytes"])),
             ("nodes", str(sum(result["operators"].values()))),
-            ("parity", f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}"),
+            (
+                "parity",
+                f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",
+            ),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora run --model {output} --chat --prompt ..."),
         ],
@@ -293,7 +379,9 @@ def run_command(
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens of this total probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most probable tokens of this total probability.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -323,7 +411,9 @@ def run_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[str, typer.Option(help=f"An export, a checkpoint, or: {MODEL_HELP}")],
-    data: Annotated[str | None, typer.Option(help="Text, as for --calibration. [default: a sample of ours]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text, as for --calibration. [default: a sample of ours]")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
     tasks: Annotated[str, typer.Option(help="A list of ppl, kl.")] = "ppl",
     windows: Annotated[int, typer.Option(help="Windows, evenly spaced over the text.")] = 12,
@@ -389,7 +479,9 @@ def bench_command(
 @app.command("inspect")
 def inspect_command(
     directory: Annotated[Path, typer.Argument(help="An adapter, checkpoint or export.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its sha256.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what an artifact is: manifest, sizes, operators, checks."""
@@ -401,12 +493,14 @@ def inspect_command(
 
 @app.command("demo")
 def demo_command(
-    output: Annotated[Path, typer.Option(help="Directory that keeps all artifacts.")] = Path("artifacts/demo"),
+    output: Annotated[Path, typer.Option(help="Directory that keeps all artifacts.")] = Path(
+        "artifacts/demo"
+    ),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 20,
     threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the whole path on SmolLM2-135M: fine-tune, quantize four ways, export, compare, answer."""
+    """Run the whole path on SmolLM2-135M: fine-tune, quantize, export, compare, answer."""
     from deploy.demo import DemoSettings, run_demo
 
     report = run_demo(DemoSettings(steps=steps, threads=threads), output, _log_step)
@@ -426,16 +520,21 @@ def demo_command(
     stdout.print(table)
     stdout.print(f"Q: {report.question}\nA: {report.answer}", markup=False)
     stdout.print(f"\nEverything is kept in {output}. Ask it yourself:", markup=False)
-    stdout.print(f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'", markup=False)
+    stdout.print(
+        f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'",
+        markup=False,
+    )
 
 
-class _bad_values:  # noqa: N801 - reads as a clause: `with _bad_values():`
+class _bad_values:
     """Turn the ValueError of an option's value into an error of the command line."""
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         if isinstance(error, ValueError):
             raise ConfigError(str(error)) from error
 
@@ -472,9 +571,11 @@ def _megabytes(count: float) -> str:
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's fault becomes a message and an exit code, a bug a traceback."""
+    """Run the command line; a user's fault becomes a message, a bug a traceback."""
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=stderr, show_path=False, markup=False)]
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=stderr, show_path=False, markup=False)],
     )
     for noisy in ("httpx", "datasets", "transformers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""A trained adapter as an artifact: PEFT files, the basis it was trained in, and the model it belongs to."""
+"""A trained adapter as an artifact: PEFT files, the basis it was trained in, its model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class StoredAdapter:
         if expected != digest:
             trained_on = self.manifest.config.get("model")
             raise ArtifactError(
-                f"{self.directory}: was trained on {trained_on} (digest {str(expected)[:12]}), but the model given is "
+                f"{self.directory}: was trained on {trained_on} (digest {str(expected)[:12]}), "
+                f"but the model given is "
                 f"{name} (digest {digest[:12]}); give the model it was trained on"
             )
 

@@ -1,7 +1,7 @@
-"""Speed of an exported directory: prompt and decode tokens per second, time to first token, memory, size, load time.
+"""Speed of an exported directory: prompt, decode, first token, memory, size, load time.
 
-Each run starts from an empty cache: one prompt, then tokens one by one, as a caller of plain ONNX Runtime would do it. The figures
-are medians over the runs; what a run took is reported too.
+Each run starts from an empty cache: one prompt, then tokens one by one, as a caller of plain ONNX
+Runtime would do it. The figures are medians over the runs; what a run took is reported too.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def bench_onnx(
         load_s = time.perf_counter() - started
         runs = []
         for done in range(settings.runs + 1):
-            run = _measure(decoder, settings)
+            run = measure_run(decoder, settings)
             if done:
                 runs.append(run)
             progress(done)
@@ -124,9 +124,11 @@ def bench_onnx(
     )
 
 
-def _measure(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
+def measure_run(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
     """Time one prompt and its continuation; tokens are random, seeded, and equal in every run."""
-    ids = np.random.default_rng(0).integers(0, decoder.vocab_size, settings.prompt_tokens + settings.new_tokens)
+    ids = np.random.default_rng(0).integers(
+        0, decoder.vocab_size, settings.prompt_tokens + settings.new_tokens
+    )
     decoder.start(capacity=len(ids))
     started = time.perf_counter()
     decoder.append(ids[None, : settings.prompt_tokens])

@@ -44,8 +44,8 @@ def calibration_batches(
     text = sample_text("calibration.txt") if source is None else read_text(source)
     available = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if available < 2:
-        raise ConfigError(f"calibration {source}: expected at least 2 tokens of text, got {available}")
+        raise ConfigError(
+            f"calibration {source}: expected at least 2 tokens of text, got {available}"
+        )
     cut = cut_windows(tokenizer, text, windows, min(tokens, available))
     return [{"input_ids": torch.from_numpy(ids)[None]} for ids in cut.ids]
-
-

@@ -1,7 +1,8 @@
-"""A merged, rotated and quantized checkpoint: how it is written, read lazily, and rebuilt as a torch model.
+"""A quantized checkpoint: how it is written, read lazily, and rebuilt as a torch model.
 
-The directory holds `config.json` (with an untied head), the tokenizer, `model.safetensors`, the rotation if there is one,
-and the manifest. Tensors keep the model's own names; a quantized linear adds its scales:
+The directory holds `config.json` (with an untied head), the tokenizer, `model.safetensors`, the
+rotation if there is one, and the manifest. Tensors keep the model's own names; a quantized linear
+adds its scales:
 
     <fqn>.weight        int8 [out, in], or uint8 [out, in / 2] for 4 bits (rolora.packing)
     <fqn>.weight_scale  float32 [out] or [out, groups]
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deploy.architecture import decoder_names
-from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
+from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.errors import ArtifactError
 from deploy.rotation_file import load_rotation
 from rolora.decoder import DecoderNames
@@ -77,9 +78,13 @@ class Checkpoint:
         self._formats = _formats_from_details(self.manifest.details, directory)
         self._files = ExitStack()
         try:
-            self._tensors = self._files.enter_context(safe_open(directory / WEIGHTS_NAME, framework="np"))
+            self._tensors = self._files.enter_context(
+                safe_open(directory / WEIGHTS_NAME, framework="np")
+            )
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again") from error
+            raise ArtifactError(
+                f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again"
+            ) from error
         self._keys = frozenset(self._tensors.keys())
         self.rotation: RotationPlan | None = load_rotation(directory, self.manifest)
 
@@ -108,7 +113,10 @@ class Checkpoint:
             ArtifactError: There is no such tensor.
         """
         if key not in self._keys:
-            raise ArtifactError(f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the checkpoint again")
+            raise ArtifactError(
+                f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
+                f"checkpoint again"
+            )
         array: np.ndarray = self._tensors.get_tensor(key)
         return array
 
@@ -119,7 +127,10 @@ class Checkpoint:
             ArtifactError: There is no such tensor.
         """
         if key not in self._keys:
-            raise ArtifactError(f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the checkpoint again")
+            raise ArtifactError(
+                f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
+                f"checkpoint again"
+            )
         return tuple(self._tensors.get_slice(key).get_shape())
 
     def linear(self, fqn: str) -> StoredLinear:
@@ -144,31 +155,39 @@ class Checkpoint:
         return unpack_int4(torch.from_numpy(stored)).numpy()
 
     def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the float32 factors (left, right) of R4, or None where nothing is rotated online."""
+        """Return the float32 factors (left, right) of R4, or None without an online rotation."""
         if self.rotation is None or self.rotation.r4 is None:
             return None
         return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
 
     def load_model(self) -> PreTrainedModel:
-        """Rebuild the torch model: integer modules where the checkpoint has integers, online rotations installed."""
+        """Rebuild the torch model, with integer modules and online rotations in place."""
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config, attn_implementation="sdpa"
+            )
         for fqn in (*self.names.linears(), self.names.head):
             linear = self.linear(fqn)
             if linear.activation is not None:
                 _set_module(model, fqn, self._quantized_linear(linear))
         embedding = self.names.embedding
         if self.has(f"{embedding}.weight_scale"):
-            table, scale = self._tensor(f"{embedding}.weight"), self._tensor(f"{embedding}.weight_scale")
+            table, scale = (
+                self._tensor(f"{embedding}.weight"),
+                self._tensor(f"{embedding}.weight_scale"),
+            )
             _set_module(model, embedding, QuantizedEmbedding(table, scale))
         remaining = {
-            name: self._tensor(name) for name, parameter in model.named_parameters() if parameter.device.type == "meta"
+            name: self._tensor(name)
+            for name, parameter in model.named_parameters()
+            if parameter.device.type == "meta"
         }
         model.load_state_dict(remaining, strict=False, assign=True)
         _restore_buffers(model, self.config)
         if self.rotation is not None:
             install_online_rotations(model, self.rotation, self.names)
-        return model.eval()
+        model.eval()
+        return model
 
     def _tensor(self, key: str) -> Tensor:
         return torch.from_numpy(self.array(key))
@@ -232,9 +251,13 @@ def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, 
             weight = WeightSpec(raw["weight_bits"], raw["weight_group_size"])
             granularity = Granularity(raw["activation_granularity"])
             group_size = weight.group_size if granularity is Granularity.GROUP else None
-            activation = ActivationSpec(raw["activation_bits"], granularity, raw["activation_clip_ratio"], group_size)
+            activation = ActivationSpec(
+                raw["activation_bits"], granularity, raw["activation_clip_ratio"], group_size
+            )
         except (KeyError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{where}: the manifest's format of {fqn} is unreadable: {error!r}") from error
+            raise ArtifactError(
+                f"{where}: the manifest's format of {fqn} is unreadable: {error!r}"
+            ) from error
         formats[fqn] = LayerPlan(fqn, weight, activation, fqn)
     return formats
 
@@ -245,7 +268,7 @@ def _set_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
 
 
 def _restore_buffers(model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Compute the buffers that no checkpoint stores (rotary frequencies) anew, off the meta device."""
+    """Compute the buffers that no checkpoint stores (rotary frequencies) anew."""
     for name, module in list(model.named_modules()):
         on_meta = any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False))
         if on_meta:

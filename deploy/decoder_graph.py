@@ -2,9 +2,9 @@
 
     input_ids -> embedding -> blocks -> final norm -> head -> logits
 
-Per block: skip-norm, packed q/k/v, GroupQueryAttention with the rotary embedding inside, output projection, skip-norm,
-gate and up, SiLU (QuickGelu with alpha 1), the online rotation R4 where the checkpoint has one, down. An input is
-quantized once for all the linears that read it.
+Per block: skip-norm, packed q/k/v, GroupQueryAttention with the rotary embedding inside, output
+projection, skip-norm, gate and up, SiLU (QuickGelu with alpha 1), the online rotation R4 where the
+checkpoint has one, down. An input is quantized once for all the linears that read it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
 from deploy.checkpoint import Checkpoint
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
-from deploy.linear_ops import QuantizedInput, float_linear, integer_linear, nbits_linear, quantize_input
+from deploy.linear_ops import (
+    QuantizedInput,
+    float_linear,
+    integer_linear,
+    nbits_linear,
+    quantize_input,
+)
 from rolora.decoder import BlockNames
 from rolora.scheme import Granularity
 
@@ -54,7 +60,9 @@ class DecoderGraph:
         """Return the model with lazy weights; saving it reads them from the checkpoint."""
         names, graph = self.names, self.graph
         input_ids = graph_value("input_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
-        mask = graph_value("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
+        mask = graph_value(
+            "attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length")
+        )
         inputs, outputs = [input_ids, mask], []
         attention = self._attention_inputs(mask)
         stream, delta = self._embed(input_ids), None
@@ -72,16 +80,21 @@ class DecoderGraph:
             ]
             inputs += past
             normed, stream = self._norm(block.attention_norm, stream, delta)
-            delta, present = self._attention(block, head_norms[layer], normed, past, attention, windows[layer])
+            delta, present = self._attention(
+                block, head_norms[layer], normed, past, attention, windows[layer]
+            )
             for part, value in zip(("key", "value"), present, strict=True):
                 shape = (*cache, "total_sequence_length", names.head_dim)
-                outputs.append(name_output(value, f"present.{layer}.{part}", ir.DataType.FLOAT, shape))
+                outputs.append(
+                    name_output(value, f"present.{layer}.{part}", ir.DataType.FLOAT, shape)
+                )
             normed, stream = self._norm(block.mlp_norm, stream, delta)
             delta = self._mlp(block, normed)
         normed, _ = self._norm(names.final_norm, stream, delta)
         logits = self._linear([names.head], normed, self._quantized(names.head, normed), "lm_head")
-        shape = ("batch_size", "sequence_length", self.config.vocab_size)
-        return graph.build(inputs, [name_output(logits, "logits", ir.DataType.FLOAT, shape), *outputs])
+        wide = ("batch_size", "sequence_length", self.config.vocab_size)
+        logits = name_output(logits, "logits", ir.DataType.FLOAT, wide)
+        return graph.build(inputs, [logits, *outputs])
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
         """Look the tokens up; int8 rows are scaled after the lookup."""
@@ -105,7 +118,10 @@ class DecoderGraph:
         """Derive lengths from the attention mask, and tabulate the rotary embedding."""
         graph = self.graph
         lengths = graph.value(
-            "ReduceSum", [mask, graph.constant(np.array([1], np.int64))], "mask/ReduceSum", keepdims=0
+            "ReduceSum",
+            [mask, graph.constant(np.array([1], np.int64))],
+            "mask/ReduceSum",
+            keepdims=0,
         )
         last = graph.value("Sub", [lengths, graph.constant(np.int64(1))], "mask/Sub")
         seqlens_k = graph.value("Cast", [last], "mask/seqlens_k/Cast", to=ir.DataType.INT32)
@@ -120,7 +136,9 @@ class DecoderGraph:
             graph.weight("sin_cache", ir.tensor(sin)),
         )
 
-    def _norm(self, fqn: str, stream: ir.Value, delta: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    def _norm(
+        self, fqn: str, stream: ir.Value, delta: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
         """Add `delta` to the residual stream and normalize it; returns (normed, stream)."""
         gain = self.graph.weight(f"{fqn}.weight", ir.tensor(self.checkpoint.array(f"{fqn}.weight")))
         epsilon = float(self.config.rms_norm_eps)
@@ -134,7 +152,9 @@ class DecoderGraph:
                 stash_type=1,
             )
             return normed, stream
-        outputs: tuple[str | None, ...] = ("",) if fqn == self.names.final_norm else ("", None, None, "_stream")
+        outputs: tuple[str | None, ...] = (
+            ("",) if fqn == self.names.final_norm else ("", None, None, "_stream")
+        )
         results = self.graph.node(
             "SkipSimplifiedLayerNormalization",
             [stream, delta, gain],
@@ -154,7 +174,7 @@ class DecoderGraph:
         shared: AttentionInputs,
         window: int | None,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
-        """Add self-attention; returns its contribution to the stream and (present key, present value)."""
+        """Add self-attention; returns its output and (present key, present value)."""
         names = self.names
         prefix = block.query.rpartition(".")[0]
         quantized = self._quantized(block.query, normed)
@@ -169,7 +189,9 @@ class DecoderGraph:
                 value,
             ]
         else:
-            packed = self._linear([block.query, block.key, block.value], normed, quantized, f"{prefix}.qkv")
+            packed = self._linear(
+                [block.query, block.key, block.value], normed, quantized, f"{prefix}.qkv"
+            )
             heads = [packed, None, None]
         attended, present_key, present_value = self.graph.node(
             "GroupQueryAttention",
@@ -185,7 +207,10 @@ class DecoderGraph:
             local_window_size=-1 if window is None else window,
         )
         quantized = self._quantized(block.output, attended)
-        return self._linear([block.output], attended, quantized, block.output), (present_key, present_value)
+        return self._linear([block.output], attended, quantized, block.output), (
+            present_key,
+            present_value,
+        )
 
     def _head_norm(self, fqn: str, x: ir.Value, heads: int) -> ir.Value:
         """Normalize each head of [B, S, heads * head_dim] (qwen3)."""
@@ -203,7 +228,9 @@ class DecoderGraph:
         quantized = self._quantized(block.gate, normed)
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
-        active = graph.value("QuickGelu", [gate], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0)
+        active = graph.value(
+            "QuickGelu", [gate], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0
+        )
         hidden = self._rotate_online(graph.value("Mul", [active, up], f"{prefix}/Mul"), prefix)
         return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
 
@@ -218,7 +245,9 @@ class DecoderGraph:
         joined = graph.constant(np.array([0, 0, left.shape[0] * right.shape[0]], np.int64))
         x = graph.value("Reshape", [hidden, split], f"{prefix}/R4/split/Reshape")
         x = graph.value("MatMul", [x, graph.constant(right)], f"{prefix}/R4/right/MatMul")
-        x = graph.value("MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{prefix}/R4/left/MatMul")
+        x = graph.value(
+            "MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{prefix}/R4/left/MatMul"
+        )
         return graph.value("Reshape", [x, joined], f"{prefix}/R4/join/Reshape")
 
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
@@ -230,8 +259,10 @@ class DecoderGraph:
         scale = self.checkpoint.array(f"{fqn}.input_scale") if static else None
         return quantize_input(self.graph, x, linear.activation, scale, f"{fqn}/input")
 
-    def _linear(self, fqns: list[str], x: ir.Value, quantized: QuantizedInput | None, name: str) -> ir.Value:
-        """Add the product of linears that read the same input, with the kernel that their format asks for."""
+    def _linear(
+        self, fqns: list[str], x: ir.Value, quantized: QuantizedInput | None, name: str
+    ) -> ir.Value:
+        """Add the product of linears that read one input, with the kernel of their format."""
         linears = [self.checkpoint.linear(fqn) for fqn in fqns]
         if quantized is not None:
             return integer_linear(self.graph, quantized, self.checkpoint, linears, name)
@@ -244,7 +275,8 @@ def rotary_tables(config: PretrainedConfig, head_dim: int) -> tuple[np.ndarray, 
     """Tabulate cos and sin of the rotary embedding for every position of the context.
 
     Args:
-        config: With `rope_parameters` (default, linear, llama3, yarn ...) and `max_position_embeddings`.
+        config: With `rope_parameters` (default, linear, llama3, yarn ...) and
+            `max_position_embeddings`.
         head_dim: Size of a head; all of it is rotated.
 
     Returns:

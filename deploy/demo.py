@@ -1,10 +1,11 @@
 """The whole path on a real model, from a name to a table: `rolora demo`.
 
-    finetune (ResLoRA, block) -> merge -> quantize to each scheme -> export -> evaluate and time -> one answer
+    finetune (ResLoRA, block) -> merge -> quantize to each scheme -> export -> evaluate and time ->
+    one answer
 
-The reference of every figure is the fine-tuned model itself, merged and exported in float32, so that the table shows what
-quantization alone costs. Text and training rows are the package's own samples: the figures show that the path works; benchmark
-results stand in the README.
+The reference of every figure is the fine-tuned model itself, merged and exported in float32, so
+that the table shows what quantization alone costs. Text and training rows are the package's own
+samples: the figures show that the path works; benchmark results stand in the README.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def variants() -> list[Variant]:
         Variant("W8A8, not rotated", "w8a8-plain", recipe("W8A8", rotate=False), rotate=False),
         Variant("W8A8, rotated", "w8a8", recipe("W8A8", rotate=True), rotate=True),
         Variant("W4A8, rotated", "w4a8", recipe("W4A8", rotate=True, group_size=32), rotate=True),
-        Variant("W4A4, rotated", "w4a4", recipe("W4A4", rotate=True, activation_clip=0.9), rotate=True),
+        Variant(
+            "W4A4, rotated", "w4a4", recipe("W4A4", rotate=True, activation_clip=0.9), rotate=True
+        ),
     ]
 
 
@@ -95,7 +98,9 @@ class DemoSettings:
     threads: int | None = None
 
 
-def run_demo(settings: DemoSettings, output: Path, progress: Callable[[str], None] = lambda step: None) -> DemoReport:
+def run_demo(
+    settings: DemoSettings, output: Path, progress: Callable[[str], None] = lambda step: None
+) -> DemoReport:
     """Run the whole path; stages whose output is there already are skipped.
 
     Args:
@@ -111,8 +116,13 @@ def run_demo(settings: DemoSettings, output: Path, progress: Callable[[str], Non
     exports: list[tuple[Variant, Path]] = []
     for variant in variants():
         progress(f"== {variant.label} ==")
-        checkpoint, export = output / variant.directory / "checkpoint", output / variant.directory / "onnx"
-        merge_rotate_quantize(_checkpoint_settings(settings, adapter, variant), checkpoint, _steps_only(progress))
+        checkpoint, export = (
+            output / variant.directory / "checkpoint",
+            output / variant.directory / "onnx",
+        )
+        merge_rotate_quantize(
+            _checkpoint_settings(settings, adapter, variant), checkpoint, _steps_only(progress)
+        )
         export_onnx(checkpoint, export, Target.CPU, progress)
         exports.append((variant, export))
     reference = open_language_model(str(exports[0][1]), threads=settings.threads)
@@ -138,11 +148,15 @@ def _finetune_settings(settings: DemoSettings) -> FinetuneSettings:
         method=Method.RESLORA,
         adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, structure=Structure.BLOCK, depth=4),
         targets="q,v",
-        training=TrainSettings(max_steps=settings.steps, batch_size=8, max_tokens=256, learning_rate=5e-4),
+        training=TrainSettings(
+            max_steps=settings.steps, batch_size=8, max_tokens=256, learning_rate=5e-4
+        ),
     )
 
 
-def _checkpoint_settings(settings: DemoSettings, adapter: Path, variant: Variant) -> CheckpointSettings:
+def _checkpoint_settings(
+    settings: DemoSettings, adapter: Path, variant: Variant
+) -> CheckpointSettings:
     rotations = frozenset(RotationName) if variant.rotate else frozenset[RotationName]()
     return CheckpointSettings(
         model=settings.model,
@@ -154,16 +168,22 @@ def _checkpoint_settings(settings: DemoSettings, adapter: Path, variant: Variant
     )
 
 
-def _measure(variant: Variant, export: Path, reference: OpenedModel, settings: DemoSettings) -> DemoRow:
+def _measure(
+    variant: Variant, export: Path, reference: OpenedModel, settings: DemoSettings
+) -> DemoRow:
     opened = open_language_model(str(export), threads=settings.threads)
     windows = cut_windows(
         opened.tokenizer, sample_text("evaluation.txt"), settings.windows, settings.window_tokens
     )
     quality = evaluate_model(opened.model, reference.model, windows, frozenset(Task))
     del opened
-    speed = bench_onnx(export, BenchSettings(prompt_tokens=512, new_tokens=64, runs=3, threads=settings.threads))
+    speed = bench_onnx(
+        export, BenchSettings(prompt_tokens=512, new_tokens=64, runs=3, threads=settings.threads)
+    )
     graph_bytes = sum(
-        record.bytes for name, record in read_manifest(export).files.items() if name.startswith("model.onnx")
+        record.bytes
+        for name, record in read_manifest(export).files.items()
+        if name.startswith("model.onnx")
     )
     return DemoRow(
         label=variant.label,

@@ -33,7 +33,11 @@ class Description:
     def summary(self) -> list[tuple[str, str]]:
         """Return the facts a person looks for first, as (name, value) rows."""
         manifest = self.manifest
-        rows = [("kind", str(manifest.kind)), ("digest", manifest.digest), ("size", f"{self.total_bytes / 1e6:.1f} MB")]
+        rows = [
+            ("kind", str(manifest.kind)),
+            ("digest", manifest.digest),
+            ("size", f"{self.total_bytes / 1e6:.1f} MB"),
+        ]
         rows += [(f"parent {role}", digest) for role, digest in sorted(manifest.parents.items())]
         rows += [(f"config {key}", str(value)) for key, value in sorted(manifest.config.items())]
         details: dict[str, Any] = dict(manifest.details)
@@ -50,9 +54,16 @@ class Description:
         for check, value in sorted(manifest.checks.items()):
             rows.append((f"check {check}", str(value)))
         if operators := details.get("operators"):
-            rows.append(("operators", ", ".join(f"{count} {name}" for name, count in operators.items())))
-        rows += [(f"file {name}", f"{record.bytes:,} bytes") for name, record in sorted(manifest.files.items())]
-        rows += [(f"version {name}", version) for name, version in sorted(manifest.versions.items())]
+            rows.append(
+                ("operators", ", ".join(f"{count} {name}" for name, count in operators.items()))
+            )
+        rows += [
+            (f"file {name}", f"{record.bytes:,} bytes")
+            for name, record in sorted(manifest.files.items())
+        ]
+        rows += [
+            (f"version {name}", version) for name, version in sorted(manifest.versions.items())
+        ]
         return rows
 
 

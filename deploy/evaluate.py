@@ -1,12 +1,13 @@
 """Quality of a model on text: perplexity, and divergence from a reference.
 
-A text is cut into windows of equal length, evenly spaced over it; every model sees the same tokens. For the logits of a
-window, with p of the reference and q of the model,
+A text is cut into windows of equal length, evenly spaced over it; every model sees the same tokens.
+For the logits of a window, with p of the reference and q of the model,
 
-    ppl = exp(mean NLL)      kl_mean = mean KL(p || q)      top1_agreement = mean [argmax p = argmax q]
+    ppl = exp(mean NLL)      kl_mean = mean KL(p || q)      top1_agreement = mean [argmax p = argmax
+    q]
 
-over all predicted positions. Logits come from a torch model, a quantized checkpoint or an exported ONNX directory through one
-protocol, so that figures compare.
+over all predicted positions. Logits come from a torch model, a quantized checkpoint or an exported
+ONNX directory through one protocol, so that figures compare.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def parse_tasks(text: str) -> frozenset[Task]:
     unknown = [name for name in names if name not in set(Task)]
     if unknown or not names:
         raise ConfigError(
-            f"--tasks {text!r}: expected a comma-separated list of {', '.join(Task)}; got {', '.join(unknown) or 'none'}"
+            f"--tasks {text!r}: expected a comma-separated list of {', '.join(Task)}; got "
+            f"{', '.join(unknown) or 'none'}"
         )
     return frozenset(Task(name) for name in names)
 
@@ -58,7 +60,8 @@ class Windows:
 def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: int) -> Windows:
     """Cut a text into windows evenly spaced from its first to its last token.
 
-    A tokenizer that starts texts with a BOS token gets it in place of the first token of each window.
+    A tokenizer that starts texts with a BOS token gets it in place of the first token of each
+    window.
 
     Args:
         tokenizer: Of the model under test.
@@ -71,9 +74,14 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, token
     """
     if count < 1 or tokens < 2:
         raise ConfigError(f"expected at least 1 window of 2 tokens, got {count} of {tokens}")
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    ids = np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64
+    )
     if len(ids) < tokens:
-        raise ConfigError(f"the text has {len(ids)} tokens, a window needs {tokens}; use a longer text or shorter windows")
+        raise ConfigError(
+            f"the text has {len(ids)} tokens, a window needs {tokens}; use a longer text or "
+            f"shorter windows"
+        )
     starts = np.linspace(0, len(ids) - tokens, count).astype(int)
     windows = [ids[start : start + tokens].copy() for start in starts]
     empty = tokenizer("")["input_ids"]
@@ -111,7 +119,8 @@ def evaluate_model(
         progress: Called with the number of finished windows.
 
     Returns:
-        `ppl`, with a reference also `ppl_ratio`, `kl_mean` and `top1_agreement`, as far as asked for.
+        `ppl`, with a reference also `ppl_ratio`, `kl_mean` and `top1_agreement`, as far as asked
+        for.
 
     Raises:
         ConfigError: KL without a reference, or the two vocabularies differ.
@@ -135,7 +144,12 @@ def evaluate_model(
 
 
 def _add_window(
-    sums: _Sums, ids: np.ndarray, model: LanguageModel, reference: LanguageModel | None, *, want_kl: bool
+    sums: _Sums,
+    ids: np.ndarray,
+    model: LanguageModel,
+    reference: LanguageModel | None,
+    *,
+    want_kl: bool,
 ) -> None:
     targets = torch.from_numpy(ids[1:])
     log_q = _log_probabilities(model, ids)
@@ -146,7 +160,8 @@ def _add_window(
     log_p = _log_probabilities(reference, ids)
     if log_p.shape != log_q.shape:
         raise ConfigError(
-            f"reference {reference.name} has a vocabulary of {log_p.shape[1]}, model {model.name} of {log_q.shape[1]}: "
+            f"reference {reference.name} has a vocabulary of {log_p.shape[1]}, model {model.name} "
+            f"of {log_q.shape[1]}: "
             "they cannot be compared token by token"
         )
     sums.reference_nll -= float(log_p.gather(1, targets[:, None]).double().sum())
@@ -156,7 +171,7 @@ def _add_window(
 
 
 def _log_probabilities(model: LanguageModel, ids: np.ndarray) -> torch.Tensor:
-    """Return log-probabilities of the next token at all but the last position, float32 [T - 1, V]."""
+    """Return log-probabilities at all but the last position, float32 [T - 1, V]."""
     logits = model.logits(ids)
     return torch.log_softmax(torch.from_numpy(logits[:-1]), dim=-1)
 

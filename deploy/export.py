@@ -1,9 +1,9 @@
-"""The export stage: checkpoint -> ONNX directory that runs in ONNX Runtime and in onnxruntime-genai.
+"""The export stage: checkpoint -> ONNX directory for ONNX Runtime and onnxruntime-genai.
 
-    model.onnx, model.onnx.data    the graph, and its weights beside it (so that models over 2 GB fit)
-    genai_config.json              what onnxruntime-genai reads
-    tokenizer.json, ...            copied from the checkpoint
-    rolora_manifest.json           where it came from, and the parity that was measured
+    model.onnx, model.onnx.data    the graph, and its weights beside it (so that models over 2 GB
+    fit) genai_config.json              what onnxruntime-genai reads tokenizer.json, ...
+    copied from the checkpoint rolora_manifest.json           where it came from, and the parity
+    that was measured
 
 The directory appears only after the graph has been run and compared with the torch reference.
 """
@@ -77,7 +77,10 @@ class ExportReport:
 
 
 def export_onnx(
-    checkpoint_directory: Path, output: Path, target: Target, progress: Callable[[str], None] = lambda step: None
+    checkpoint_directory: Path,
+    output: Path,
+    target: Target,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> ExportReport:
     """Export a checkpoint and check the result.
 
@@ -105,9 +108,17 @@ def export_onnx(
             model = DecoderGraph(checkpoint).build()
             operators = count_operators(model)
             progress("writing the weights")
-            ir.save(model, directory / GRAPH_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, max_workers=1)
+            ir.save(
+                model,
+                directory / GRAPH_NAME,
+                external_data=DATA_NAME,
+                size_threshold_bytes=1024,
+                max_workers=1,
+            )
             genai = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory)
-            (directory / GENAI_CONFIG_NAME).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+            (directory / GENAI_CONFIG_NAME).write_text(
+                json.dumps(genai, indent=2) + "\n", encoding="utf-8"
+            )
             for path in sorted(checkpoint_directory.iterdir()):
                 if path.is_file() and path.name not in _NOT_COPIED:
                     shutil.copyfile(path, directory / path.name)
@@ -121,7 +132,10 @@ def export_onnx(
                     config=config,
                     versions=library_versions(),
                     checks={"parity": parity.to_dict()},
-                    details={"scheme": checkpoint.manifest.details.get("scheme"), "operators": operators},
+                    details={
+                        "scheme": checkpoint.manifest.details.get("scheme"),
+                        "operators": operators,
+                    },
                 ),
             )
     return ExportReport(output, manifest, peak_memory_bytes())
@@ -130,9 +144,12 @@ def export_onnx(
 def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
     """Return the tokens that parity is measured on: the start of our evaluation sample, int64."""
     tokenizer = load_tokenizer(checkpoint.directory)
-    ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     count = min(PROMPT_TOKENS + DECODE_STEPS, checkpoint.config.max_position_embeddings)
-    return np.asarray(ids[:count], dtype=np.int64) % checkpoint.config.vocab_size
+    vocabulary: int = checkpoint.config.vocab_size
+    return np.asarray(ids[:count], dtype=np.int64) % vocabulary
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:

@@ -2,10 +2,11 @@
 
     lora      PEFT's LoRA (arXiv:2106.09685)
     reslora   LoRA with shortcuts between the layers (arXiv:2402.18039)
-    rolora    rotate first, train LoRA on the rotated weights, keep the rotation with the adapter (arXiv:2407.08044)
+    rolora    rotate first, train LoRA on the rotated weights, keep the rotation with the adapter
+    (arXiv:2407.08044)
 
-Under `accelerate launch` every process trains, and the first one writes. Training checkpoints lie in `<output>.training` until
-the adapter is written, so that a killed run can go on with `--resume`.
+Under `accelerate launch` every process trains, and the first one writes. Training checkpoints lie
+in `<output>.training` until the adapter is written, so that a killed run can go on with `--resume`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class FinetuneSettings:
         if self.method is Method.RESLORA and self.adapter.structure is None:
             raise ConfigError("--method reslora needs --structure block")
         if self.method is Method.LORA and self.adapter.structure is not None:
-            raise ConfigError(f"--structure {self.adapter.structure}: --method lora has no shortcuts; use --method reslora")
+            raise ConfigError(
+                f"--structure {self.adapter.structure}: --method lora has no shortcuts; use "
+                f"--method reslora"
+            )
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
@@ -91,11 +95,19 @@ class FinetuneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {"output": str(self.output), "digest": self.manifest.digest, "training": self.manifest.details["training"]}
+        return {
+            "output": str(self.output),
+            "digest": self.manifest.digest,
+            "training": self.manifest.details["training"],
+        }
 
 
 def finetune(
-    settings: FinetuneSettings, output: Path, *, resume: bool = False, progress: Callable[[str], None] = lambda step: None
+    settings: FinetuneSettings,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> FinetuneReport | None:
     """Run the stage.
 
@@ -124,12 +136,16 @@ def finetune(
     names = decoder_names(loaded.model.config)
     plan = _rotate(loaded, names, settings)
     progress(f"training {len(examples)} examples")
-    model = attach_adapters(loaded.model, settings.adapter, resolve_targets(names, settings.targets))
+    model = attach_adapters(
+        loaded.model, settings.adapter, resolve_targets(names, settings.targets)
+    )
     if plan is not None:
         install_online_rotations(model, plan, names)
     checkpoints = output.with_name(f"{output.name}.training")
     try:
-        training = train_adapter(model, loaded.tokenizer, examples, validation, settings.training, checkpoints, resume)
+        training = train_adapter(
+            model, loaded.tokenizer, examples, validation, settings.training, checkpoints, resume
+        )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
     if int(os.environ.get("RANK", "0")) != 0:
@@ -161,14 +177,22 @@ def _read(source: str) -> list[Example]:
 def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
     """Return the digests of the data files; a hub data set has none."""
     sources = {"data": settings.data, "validation": settings.validation}
-    return {role: hash_file(Path(source)) for role, source in sources.items() if source and Path(source).is_file()}
+    return {
+        role: hash_file(Path(source))
+        for role, source in sources.items()
+        if source and Path(source).is_file()
+    }
 
 
-def _rotate(loaded: LoadedModel, names: DecoderNames, settings: FinetuneSettings) -> RotationPlan | None:
+def _rotate(
+    loaded: LoadedModel, names: DecoderNames, settings: FinetuneSettings
+) -> RotationPlan | None:
     if settings.method is not Method.ROLORA:
         return None
     try:
-        plan = RotationPlan.draw(names, frozenset(RotationName), settings.rotation_kind, settings.rotation_seed)
+        plan = RotationPlan.draw(
+            names, frozenset(RotationName), settings.rotation_kind, settings.rotation_seed
+        )
     except ValueError as error:
         raise UnsupportedModelError(f"{loaded.name}: {error}") from error
     rotate_model(loaded, names, plan)

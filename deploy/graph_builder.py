@@ -1,7 +1,7 @@
-"""A thin layer over onnx_ir: named nodes, shared constants, and weights that are read only when written.
+"""A thin layer over onnx_ir: named nodes, shared constants, weights read when written.
 
-Large initializers are lazy: their bytes come from the checkpoint while the external data file is written, one tensor
-at a time, so that an export never holds the model in memory.
+Large initializers are lazy: their bytes come from the checkpoint while the external data file is
+written, one tensor at a time, so that an export never holds the model in memory.
 """
 
 from __future__ import annotations
@@ -46,12 +46,21 @@ class GraphBuilder:
         """
         if name in self._initializers:
             raise ValueError(f"initializer {name!r} is added twice")
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
         self._initializers[name] = value
         return value
 
     def lazy_weight(
-        self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], ir.TensorProtocol]
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        read: Callable[[], ir.TensorProtocol],
     ) -> ir.Value:
         """Add an initializer whose content is read while the model is saved."""
         return self.weight(name, ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name))
@@ -79,12 +88,22 @@ class GraphBuilder:
         Returns:
             A value per output.
         """
-        values = [ir.Value(name="" if suffix is None else f"{name}/output{suffix}") for suffix in outputs]
-        self._nodes.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name))
+        values = [
+            ir.Value(name="" if suffix is None else f"{name}/output{suffix}") for suffix in outputs
+        ]
+        self._nodes.append(
+            ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
+        )
         return tuple(values)
 
     def value(
-        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, *, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        **attributes: Any,
     ) -> ir.Value:
         """Add a node with one output and return that output."""
         return self.node(op_type, inputs, name, domain=domain, **attributes)[0]
@@ -112,7 +131,9 @@ def graph_value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def name_output(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+def name_output(
+    value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]
+) -> ir.Value:
     """Give a value the name, dtype and shape of a graph output, and return it."""
     value.name = name
     value.type = ir.TensorType(dtype)

@@ -1,4 +1,4 @@
-"""One way to ask any model for logits: a torch model, a quantized checkpoint, or an exported ONNX directory."""
+"""One way to ask any model for logits: torch model, quantized checkpoint, or ONNX directory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from deploy.session import OnnxDecoder
 class LanguageModel(Protocol):
     """Anything that predicts the next token."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How to call it in a message."""
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Return float32 [T, vocab_size] for token ids int64 [T]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class TorchLanguageModel:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Return float32 [T, vocab_size] for token ids int64 [T]."""
         with torch.inference_mode():
-            logits: np.ndarray = self.model(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
+            logits: np.ndarray = (
+                self.model(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
+            )
         return logits
 
 
@@ -65,7 +68,8 @@ def open_language_model(reference: str, *, threads: int | None = None) -> Opened
     """Open whatever a user names.
 
     Args:
-        reference: An exported ONNX directory, a quantized checkpoint, or anything that `load_model` takes.
+        reference: An exported ONNX directory, a quantized checkpoint, or anything that `load_model`
+            takes.
         threads: Threads of ONNX Runtime; None is its own choice.
 
     Raises:
@@ -88,7 +92,8 @@ def open_language_model(reference: str, *, threads: int | None = None) -> Opened
     else:
         raise StageOrderError(
             f"{directory}: an adapter is no model by itself; merge it first: "
-            f"rolora merge-rotate-quantize --model ... --adapter {directory} --scheme ... --output ..."
+            f"rolora merge-rotate-quantize --model ... --adapter {directory} --scheme ... "
+            f"--output ..."
         )
     return OpenedModel(model, load_tokenizer(directory))
 
@@ -100,7 +105,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ArtifactError: It is missing or unreadable.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True
+        )
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{directory}: the tokenizer cannot be loaded ({error}); make the artifact again") from error
+        raise ArtifactError(
+            f"{directory}: the tokenizer cannot be loaded ({error}); make the artifact again"
+        ) from error
     return tokenizer

@@ -3,13 +3,16 @@
 INTEGER (per-token or static scales), all products exact in int32:
 
     static   QuantizeLinear(x, s, 128) -> MatMulIntegerToFloat(q, W, s, s_w, 128, bias)
-    token    Abs, ReduceMax, Mul, Max -> s;  Div(x, s) -> QuantizeLinear(., 1, 128) -> MatMulIntegerToFloat -> Mul(., s)
+    token    Abs, ReduceMax, Mul, Max -> s;  Div(x, s) -> QuantizeLinear(., 1, 128) ->
+    MatMulIntegerToFloat -> Mul(., s)
 
-Activations are uint8 with zero point 128: on x64 the kernel for unsigned times signed is 10 to 50 times faster than
-signed times signed. Below 8 bits a Clip on the bytes keeps the range. Weights of 4 bits are INT4 initializers behind a Cast,
-which ONNX Runtime folds when it loads the model: the file has 4 bits, the kernel 8.
+Activations are uint8 with zero point 128: on x64 the kernel for unsigned times signed is 10 to 50
+times faster than signed times signed. Below 8 bits a Clip on the bytes keeps the range. Weights of
+4 bits are INT4 initializers behind a Cast, which ONNX Runtime folds when it loads the model: the
+file has 4 bits, the kernel 8.
 
-NBITS (weights with groups): MatMulNBits at accuracy level 4, which quantizes each K-block of the input to int8.
+NBITS (weights with groups): MatMulNBits at accuracy level 4, which quantizes each K-block of the
+input to int8.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ class QuantizedInput:
 
 
 def quantize_input(
-    graph: GraphBuilder, x: ir.Value, spec: ActivationSpec, input_scale: np.ndarray | None, name: str
+    graph: GraphBuilder,
+    x: ir.Value,
+    spec: ActivationSpec,
+    input_scale: np.ndarray | None,
+    name: str,
 ) -> QuantizedInput:
     """Add the nodes that quantize an input once for all its readers.
 
@@ -61,22 +68,33 @@ def quantize_input(
     else:
         magnitude = graph.value("Abs", [x], f"{name}/Abs")
         largest = graph.value(
-            "ReduceMax", [magnitude, graph.constant(np.array([-1], np.int64))], f"{name}/ReduceMax", keepdims=1
+            "ReduceMax",
+            [magnitude, graph.constant(np.array([-1], np.int64))],
+            f"{name}/ReduceMax",
+            keepdims=1,
         )
         factor = graph.constant(np.float32(spec.clip_ratio / quant_max))
         raw = graph.value("Mul", [largest, factor], f"{name}/Mul")
-        token_scale = graph.value("Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max")
+        token_scale = graph.value(
+            "Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max"
+        )
         scaled = graph.value("Div", [x, token_scale], f"{name}/Div")
         scale = graph.constant(np.float32(1.0))
     q = graph.value("QuantizeLinear", [scaled, scale, zero_point], f"{name}/QuantizeLinear")
     if spec.bits < 8:
-        low, high = (graph.constant(np.uint8(ZERO_POINT + bound)) for bound in (quant_min, quant_max))
+        low, high = (
+            graph.constant(np.uint8(ZERO_POINT + bound)) for bound in (quant_min, quant_max)
+        )
         q = graph.value("Clip", [q, low, high], f"{name}/Clip")
     return QuantizedInput(q, scale, token_scale)
 
 
 def integer_linear(
-    graph: GraphBuilder, x: QuantizedInput, checkpoint: Checkpoint, linears: list[StoredLinear], name: str
+    graph: GraphBuilder,
+    x: QuantizedInput,
+    checkpoint: Checkpoint,
+    linears: list[StoredLinear],
+    name: str,
 ) -> ir.Value:
     """Add one integer product for linears that read the same input, their outputs side by side.
 
@@ -98,7 +116,9 @@ def integer_linear(
         weight = np.concatenate([checkpoint.integers(linear) for linear in linears]).T
         if not four_bits:
             return ir.tensor(np.ascontiguousarray(weight))
-        return ir.PackedTensor(_pack_nibbles(weight), ir.DataType.INT4, shape=ir.Shape(weight.shape))
+        return ir.PackedTensor(
+            _pack_nibbles(weight), ir.DataType.INT4, shape=ir.Shape(weight.shape)
+        )
 
     dtype = ir.DataType.INT4 if four_bits else ir.DataType.INT8
     weight = graph.lazy_weight(f"{name}.weight", dtype, (rows, columns), read)
@@ -118,7 +138,9 @@ def integer_linear(
     ]
     while inputs[-1] is None:
         inputs.pop()
-    y = graph.value("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT)
+    y = graph.value(
+        "MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT
+    )
     if x.token_scale is not None:
         y = graph.value("Mul", [y, x.token_scale], f"{name}/Mul")
         if bias_value is not None:
@@ -150,7 +172,9 @@ def nbits_linear(
 
     def read() -> ir.TensorProtocol:
         if bits == 4:
-            blocks = np.concatenate([checkpoint.array(f"{linear.fqn}.weight") for linear in linears])
+            blocks = np.concatenate(
+                [checkpoint.array(f"{linear.fqn}.weight") for linear in linears]
+            )
         else:
             integers = np.concatenate([checkpoint.integers(linear) for linear in linears])
             blocks = (integers.astype(np.int16) + ZERO_POINT).astype(np.uint8)
@@ -162,7 +186,10 @@ def nbits_linear(
         [
             x,
             graph.lazy_weight(f"{name}.weight", ir.DataType.UINT8, shape, read),
-            graph.weight(f"{name}.weight_scale", ir.tensor(np.ascontiguousarray(scales.reshape(columns, groups)))),
+            graph.weight(
+                f"{name}.weight_scale",
+                ir.tensor(np.ascontiguousarray(scales.reshape(columns, groups))),
+            ),
         ],
         f"{name}/MatMulNBits",
         domain=MICROSOFT,
@@ -200,7 +227,7 @@ def _add_bias(
 
 
 def _concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> np.ndarray | None:
-    """Return the biases side by side (zeros where a linear has none), or None if no linear has one."""
+    """Return the biases side by side, zeros where a linear has none; None if all have none."""
     if not any(linear.has_bias for linear in linears):
         return None
     return np.concatenate(
@@ -214,7 +241,7 @@ def _concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> n
 
 
 def _pack_nibbles(values: np.ndarray) -> np.ndarray:
-    """Pack int8 [..] of -8..7 as ONNX INT4: row-major, the first of two in the low nibble; uint8 [ceil(n / 2)]."""
+    """Pack int8 of -8..7 as ONNX INT4: row-major, the first of two in the low nibble."""
     nibbles = values.reshape(-1).astype(np.uint8) & 0x0F
     if nibbles.size % 2:
         nibbles = np.append(nibbles, np.uint8(0))

@@ -2,8 +2,9 @@
 
     load -> [rotate in the adapter's basis] -> merge -> [rotate] -> quantize -> write
 
-An adapter that was trained in a rotated basis carries its rotation and is merged in that basis; any other adapter is
-merged first and the result is rotated, which in exact arithmetic is the same function.
+An adapter that was trained in a rotated basis carries its rotation and is merged in that basis; any
+other adapter is merged first and the result is rotated, which in exact arithmetic is the same
+function.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ from rolora.fold import untie_head
 from rolora.online import install_online_rotations
 from rolora.quantize import LayerError, plan_layers, quantize_decoder
 from rolora.rotation import RotationKind, RotationName, RotationPlan
-from rolora.scheme import QuantizationRecipe, Scheme
-
+from rolora.scheme import QuantizationRecipe, Scheme, WeightMethod
 
 FLOAT_SCHEME = "FP32"
 """Scheme of a checkpoint that is merged and rotated, but not quantized."""
@@ -56,7 +56,7 @@ class RotationChoice:
 
 
 def parse_rotation(text: str | None, kind: RotationKind, seed: int) -> RotationChoice | None:
-    """Read `r1,r2,r4` or `none`; without a text and with the default kind and seed, nothing was chosen.
+    """Read `r1,r2,r4` or `none`; None if text, kind and seed were all left at their defaults.
 
     Raises:
         ConfigError: A name is unknown.
@@ -70,7 +70,10 @@ def parse_rotation(text: str | None, kind: RotationKind, seed: int) -> RotationC
         return RotationChoice(frozenset(), kind, seed)
     unknown = [word for word in words if word not in set(RotationName)]
     if unknown or not words:
-        raise ConfigError(f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got {', '.join(unknown) or text}")
+        raise ConfigError(
+            f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got "
+            f"{', '.join(unknown) or text}"
+        )
     return RotationChoice(frozenset(RotationName(word) for word in words), kind, seed)
 
 
@@ -78,6 +81,7 @@ def choose_recipe(
     scheme: str,
     *,
     rotation: RotationChoice | None,
+    weights: str = WeightMethod.RTN,
     group_size: int | None = None,
     clip_search: bool = True,
     activation_clip: float | None = None,
@@ -90,6 +94,7 @@ def choose_recipe(
     Args:
         scheme: `W8A8`, `W4A4` ... or `FP32`.
         rotation: The user's choice; static scales pay where R1 spreads the outliers.
+        weights: `rtn` or `gptq`.
         group_size: Of the block weights.
         clip_search: Search the clipping point of weight scales.
         activation_clip: Of per-token scales; None is 1, or 0.9 for activations below 6 bits.
@@ -107,6 +112,7 @@ def choose_recipe(
     default_clip = 0.9 if parsed.activation_bits < 6 else 1.0
     return QuantizationRecipe(
         parsed,
+        weights=WeightMethod(weights),
         group_size=group_size,
         clip_search=clip_search,
         activation_clip=default_clip if activation_clip is None else activation_clip,
@@ -133,7 +139,11 @@ class CheckpointSettings:
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
-        recipe = None if self.recipe is None else asdict(self.recipe) | {"scheme": str(self.recipe.scheme)}
+        recipe = (
+            None
+            if self.recipe is None
+            else asdict(self.recipe) | {"scheme": str(self.recipe.scheme)}
+        )
         choice = self.rotation
         return {
             "model": self.model,
@@ -165,7 +175,9 @@ class CheckpointReport:
             "digest": self.manifest.digest,
             "scheme": self.manifest.details["scheme"],
             "quantized_layers": len(rounding),
-            "largest_rounding_error": max(rounding.items(), key=lambda item: item[1], default=None),
+            "largest_rounding_error": max(
+                rounding.values(), key=lambda layer: layer["relative_error"], default=None
+            ),
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -204,8 +216,10 @@ def merge_rotate_quantize(
         progress("writing the checkpoint")
         details: dict[str, Any] = {
             "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
-            "linears": {} if settings.recipe is None else formats_to_details(plan_layers(names, settings.recipe)),
-            "rounding": {error.fqn: error.relative_error for error in errors},
+            "linears": {}
+            if settings.recipe is None
+            else formats_to_details(plan_layers(names, settings.recipe)),
+            "rounding": {error.fqn: asdict(error) for error in errors},
             "merge": merge_report,
         } | save_rotation(directory, plan)
         loaded.model.config.save_pretrained(directory)
@@ -241,11 +255,17 @@ def choose_rotation(
     """
     own = None if adapter is None else adapter.rotation
     if own is not None:
-        if choice is not None and (choice.names, choice.kind, choice.seed) != (own.names, own.kind, own.seed):
+        if choice is not None and (choice.names, choice.kind, choice.seed) != (
+            own.names,
+            own.kind,
+            own.seed,
+        ):
             asked = ",".join(sorted(choice.names)) or "none"
             raise ConfigError(
-                f"the adapter was trained in the basis of {','.join(sorted(own.names))} ({own.kind}, seed {own.seed}, "
-                f"digest {own.digest[:12]}) and can be merged only there; asked for {asked} ({choice.kind}, seed "
+                f"the adapter was trained in the basis of {','.join(sorted(own.names))} "
+                f"({own.kind}, seed {own.seed}, "
+                f"digest {own.digest[:12]}) and can be merged only there; asked for {asked} "
+                f"({choice.kind}, seed "
                 f"{choice.seed}). Leave --rotate, --rotation-kind and --rotation-seed out"
             )
         return own
@@ -266,7 +286,7 @@ def _merge_and_rotate(
     method: MergeMethod,
     progress: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    """Bring adapter and rotation into the weights, in the order that the adapter's basis demands."""
+    """Bring adapter and rotation into the weights, in the order of the adapter's basis."""
     rotate_first = adapter is not None and adapter.rotation is not None
     report = None
     if rotate_first and plan is not None:
@@ -289,7 +309,10 @@ def _merge_and_rotate(
 
 
 def _quantize(
-    loaded: LoadedModel, names: DecoderNames, settings: CheckpointSettings, progress: Callable[[str], None]
+    loaded: LoadedModel,
+    names: DecoderNames,
+    settings: CheckpointSettings,
+    progress: Callable[[str], None],
 ) -> list[LayerError]:
     if settings.recipe is None:
         return []

@@ -1,18 +1,21 @@
 """Does the exported graph compute what the torch model with the same integers computes?
 
-Two checks. Exactness: every quantized weight in the ONNX file is, integer by integer, the checkpoint's. Parity: the same
-tokens through both, first as one prompt, then token by token over the cache.
+Two checks. Exactness: every quantized weight in the ONNX file is, integer by integer, the
+checkpoint's. Parity: the same tokens through both, first as one prompt, then token by token over
+the cache.
 
-Both sides multiply exactly; they differ in float32 rounding between the products. Such a difference (about 1e-6) moves a value
-across a rounding boundary now and then, and that one integer step spreads through the layers above it until most of the
-roundings there fall differently. How far that carries depends on the model and on how coarse a step is, so it is measured: the
-torch reference is run a second time with its embeddings perturbed by 1e-5, and what that does to its logits is the noise
-floor. The export must stay within twice the floor, in
+Both sides multiply exactly; they differ in float32 rounding between the products. Such a difference
+(about 1e-6) moves a value across a rounding boundary now and then, and that one integer step
+spreads through the layers above it until most of the roundings there fall differently. How far that
+carries depends on the model and on how coarse a step is, so it is measured: the torch reference is
+run a second time with its embeddings perturbed by 1e-5, and what that does to its logits is the
+noise floor. The export must stay within twice the floor, in
 
-    relative error = ||ort - torch||_2 / ||torch||_2        (logits centred per position, since softmax ignores a shift).
+    relative error = ||ort - torch||_2 / ||torch||_2        (logits centred per position, since
+    softmax ignores a shift).
 
-A wrong epsilon, scale or rotation lies far outside for float checkpoints, whose floor is near 1e-5; the same graph code
-builds them, and the tests hold every family to that.
+A wrong epsilon, scale or rotation lies far outside for float checkpoints, whose floor is near 1e-5;
+the same graph code builds them, and the tests hold every family to that.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ def check_parity(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> Pa
     Args:
         checkpoint: What was exported.
         directory: The export.
-        ids: int64 [PROMPT_TOKENS + DECODE_STEPS] tokens to run, or fewer for models with a short context.
+        ids: int64 [PROMPT_TOKENS + DECODE_STEPS] tokens to run, or fewer for models with a short
+            context.
 
     Raises:
         ParityError: An integer differs, or an error exceeds its bound.
@@ -95,9 +99,12 @@ def check_parity(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> Pa
     worst = max(report.prefill_error, report.decode_error)
     if not worst <= report.bound:  # also refuses NaN
         raise ParityError(
-            f"the exported graph departs from the torch reference: relative error of the logits {worst:.3g} "
-            f"(prefill {report.prefill_error:.3g}, decode {report.decode_error:.3g}), expected at most {report.bound:g}; "
-            "nothing was written. This is a fault of the export: please report it with the model's config.json"
+            f"the exported graph departs from the torch reference: relative error of the logits "
+            f"{worst:.3g} "
+            f"(prefill {report.prefill_error:.3g}, decode {report.decode_error:.3g}), expected at "
+            f"most {report.bound:g}; "
+            "nothing was written. This is a fault of the export: please report it with the "
+            "model's             config.json"
         )
     return report
 
@@ -133,11 +140,15 @@ def check_exact_weights(checkpoint: Checkpoint, directory: Path) -> int:
         found = _stored_integers(tensor, linears)
         expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
         if found.shape != expected.shape or not np.array_equal(found, expected):
-            raise ParityError(f"{key}: the exported integers are not the checkpoint's; nothing was written")
+            raise ParityError(
+                f"{key}: the exported integers are not the checkpoint's; nothing was written"
+            )
         compared += len(linears)
     quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
     if compared != quantized:
-        raise ParityError(f"the graph holds {compared} of {quantized} quantized linears; nothing was written")
+        raise ParityError(
+            f"the graph holds {compared} of {quantized} quantized linears; nothing was written"
+        )
     return compared
 
 

@@ -11,10 +11,11 @@ from rolora.rotation import RotationPlan
 
 
 def rotate_model(loaded: LoadedModel, names: DecoderNames, plan: RotationPlan) -> None:
-    """Untie the head, fold the norms and fuse a rotation, in place; online rotations are not installed.
+    """Untie the head, fold the norms and fuse a rotation, in place; R4's online half is not set.
 
     Invariant:
-        With the online rotations installed, logits are unchanged up to float32 rounding of the weights.
+        With the online rotations installed, logits are unchanged up to float32 rounding of the
+        weights.
 
     Raises:
         ArtifactError: A weight is not finite.

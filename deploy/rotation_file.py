@@ -16,7 +16,7 @@ _DETAIL = "rotation"
 
 
 def save_rotation(directory: Path, plan: RotationPlan | None) -> dict[str, JsonValue]:
-    """Write what was drawn; return the manifest details that describe it (nothing without a plan)."""
+    """Write what was drawn; return the manifest details that describe it, if any."""
     if plan is None:
         return {}
     save_file(plan.to_tensors(), directory / ROTATION_NAME)
@@ -38,4 +38,6 @@ def load_rotation(directory: Path, manifest: Manifest) -> RotationPlan | None:
             raise ValueError(f"expected an object, got {type(metadata).__name__}")
         return RotationPlan.from_saved(metadata, load_file(path))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path}: not the rotation of this artifact ({error}); make the artifact again") from error
+        raise ArtifactError(
+            f"{path}: not the rotation of this artifact ({error}); make the artifact again"
+        ) from error

@@ -36,7 +36,8 @@ class Sampling:
             raise ConfigError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
         if self.temperature < 0.0 or not 0.0 < self.top_p <= 1.0:
             raise ConfigError(
-                f"--temperature must not be negative and --top-p must lie in (0, 1]; got {self.temperature}, {self.top_p}"
+                f"--temperature must not be negative and --top-p must lie in (0, 1]; got "
+                f"{self.temperature}, {self.top_p}"
             )
 
 
@@ -61,7 +62,9 @@ class TextGenerator:
             config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
             self._context_length = int(config["model"]["context_length"])
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{directory}: onnxruntime-genai cannot load it: {error}") from error
+            raise ArtifactError(
+                f"{directory}: onnxruntime-genai cannot load it: {error}"
+            ) from error
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
         """Render messages (`role`, `content`) with the model's chat template.
@@ -70,10 +73,13 @@ class TextGenerator:
             ConfigError: The model has no usable chat template.
         """
         try:
-            prompt: str = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+            prompt: str = self._tokenizer.apply_chat_template(
+                json.dumps(messages), add_generation_prompt=True
+            )
         except RuntimeError as error:
             raise ConfigError(
-                f"{self.directory}: the chat template cannot be used ({error}); leave --chat out for plain completion"
+                f"{self.directory}: the chat template cannot be used ({error}); leave --chat out "
+                f"for plain completion"
             ) from error
         return prompt
 
@@ -100,10 +106,16 @@ class TextGenerator:
         if not prompt_ids:
             raise ConfigError("--prompt: expected some text, got none")
         if len(prompt_ids) >= self._context_length:
-            raise ConfigError(f"the prompt has {len(prompt_ids)} tokens, the model's context {self._context_length}")
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens, the model's context "
+                f"{self._context_length}"
+            )
         params = og.GeneratorParams(self._model)
         limit = min(len(prompt_ids) + sampling.max_new_tokens, self._context_length)
-        options: dict[str, float | int | bool] = {"max_length": limit, "do_sample": sampling.temperature > 0.0}
+        options: dict[str, float | int | bool] = {
+            "max_length": limit,
+            "do_sample": sampling.temperature > 0.0,
+        }
         if sampling.temperature > 0.0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             if sampling.seed is not None:

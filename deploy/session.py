@@ -1,7 +1,7 @@
-"""An exported decoder in plain ONNX Runtime: whole windows, or step by step over a shared key-value cache.
+"""An exported decoder in plain ONNX Runtime: whole windows, or step by step over a cache.
 
-Past and present of a layer are one buffer, bound as input and as output, as ONNX Runtime GenAI does it: the attention
-operator then appends in place instead of copying the cache at every token.
+Past and present of a layer are one buffer, bound as input and as output, as ONNX Runtime GenAI does
+it: the attention operator then appends in place instead of copying the cache at every token.
 
 This module needs numpy and onnxruntime only.
 """
@@ -34,7 +34,9 @@ class OnnxDecoder:
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
         try:
-            self._genai = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))["model"]
+            self._genai = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))[
+                "model"
+            ]
             decoder = self._genai["decoder"]
             self._layers = int(decoder["num_hidden_layers"])
             self._kv_heads = int(decoder["num_key_value_heads"])
@@ -43,7 +45,8 @@ class OnnxDecoder:
             self.vocab_size = int(self._genai["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"{directory / GENAI_CONFIG_NAME}: not readable as a decoder's configuration ({error!r}); export again"
+                f"{directory / GENAI_CONFIG_NAME}: not readable as a decoder's configuration "
+                f"({error!r}); export again"
             ) from error
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -53,8 +56,10 @@ class OnnxDecoder:
             self._session = ort.InferenceSession(
                 str(directory / GRAPH_NAME), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # noqa: BLE001 - onnxruntime raises many unrelated types here
-            raise ArtifactError(f"{directory / GRAPH_NAME}: ONNX Runtime cannot load it: {error}") from error
+        except Exception as error:
+            raise ArtifactError(
+                f"{directory / GRAPH_NAME}: ONNX Runtime cannot load it: {error}"
+            ) from error
         self._cache: dict[str, ort.OrtValue] = {}
         self._capacity = self._batch = self._length = 0
 
@@ -62,7 +67,10 @@ class OnnxDecoder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -82,7 +90,8 @@ class OnnxDecoder:
         """
         if capacity > self.context_length:
             raise ConfigError(
-                f"{capacity} tokens do not fit the context length of {self.context_length}; use a shorter text"
+                f"{capacity} tokens do not fit the context length of {self.context_length}; use a "
+                f"shorter text"
             )
         if (capacity, batch) != (self._capacity, self._batch):
             shape = (batch, self._kv_heads, capacity, self._head_size)

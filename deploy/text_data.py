@@ -15,8 +15,8 @@ def read_text(source: str) -> str:
     """Read a source as one text.
 
     Args:
-        source: A text file (kept to the byte), a JSONL file or a hub id (its rows, joined by blank lines); files may be
-            gzipped.
+        source: A text file (kept to the byte), a JSONL file or a hub id (its rows, joined by blank
+            lines); files may be gzipped.
 
     Raises:
         ConfigError: The source is missing, empty, damaged or of unknown type.
@@ -33,9 +33,13 @@ def read_text(source: str) -> str:
 def _read_text_file(path: Path) -> str:
     try:
         content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8")
+        text = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode(
+            "utf-8"
+        )
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable UTF-8 text ({error}); copy or re-encode it") from error
+        raise ConfigError(
+            f"{path}: not a readable UTF-8 text ({error}); copy or re-encode it"
+        ) from error
     if not text.strip():
         raise ConfigError(f"{path}: holds no text; give at least a few sentences")
     return text

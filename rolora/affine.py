@@ -4,9 +4,10 @@ For a scale s > 0 and the range [quant_min, quant_max]
 
     q = clamp(round_half_even(x / s), quant_min, quant_max)          x' = s * q
 
-Both use the two's complement range (-128..127, -8..7) with s = absmax / quant_max (QuaRot, arXiv:2404.00456), but for
-weights of 8 bits -128 is left out: nothing is gained by it. Division, not multiplication by 1/s: ONNX
-QuantizeLinear divides, and a reciprocal rounds some ties the other way.
+Both use the two's complement range (-128..127, -8..7) with s = absmax / quant_max (QuaRot,
+arXiv:2404.00456), but for weights of 8 bits -128 is left out: nothing is gained by it. Division,
+not multiplication by 1/s:
+ONNX QuantizeLinear divides, and a reciprocal rounds some ties the other way.
 """
 
 from __future__ import annotations

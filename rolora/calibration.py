@@ -1,10 +1,11 @@
 """Static activation scales from calibration text.
 
-A linear input that follows a folded RMSNorm in a rotated model has nearly the same range for every token, so one
-scale can serve them all and the run-time maximum falls away. The observer keeps a histogram of |x| and picks the
-clipping point c with the least expected squared error
+A linear input that follows a folded RMSNorm in a rotated model has nearly the same range for every
+token, so one scale can serve them all and the run-time maximum falls away. The observer keeps a
+histogram of |x| and picks the clipping point c with the least expected squared error
 
-    E(c) = sum over bins below c of n * (c / quant_max)^2 / 12  +  sum over bins above c of n * (|x| - c)^2 .
+    E(c) = sum over bins below c of n * (c / quant_max)^2 / 12  +  sum over bins above c of n * (|x|
+    - c)^2 .
 
 At 8 bits this lands near the largest value seen, at 4 bits near 2.7 standard deviations.
 """
@@ -38,7 +39,9 @@ class RangeObserver:
         magnitude = x.detach().abs().float().flatten()
         largest = float(magnitude.max())
         if not torch.isfinite(torch.tensor(largest)):
-            raise ValueError("calibration: an activation is NaN or infinite; check the model's weights")
+            raise ValueError(
+                "calibration: an activation is NaN or infinite; check the model's weights"
+            )
         while largest > self.limit:
             self._double(largest)
         self.counts += torch.histc(magnitude, bins=_BINS, min=0.0, max=self.limit).double()
@@ -60,7 +63,10 @@ class RangeObserver:
             ValueError: Nothing has been observed.
         """
         if float(self.counts.sum()) == 0.0:
-            raise ValueError("calibration: no activation was observed; give calibration text of at least one token")
+            raise ValueError(
+                "calibration: no activation was observed; give calibration text of at least one "
+                "token"
+            )
         quant_max = activation_range(bits)[1]
         width = self.limit / _BINS
         centres = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * width
@@ -68,11 +74,15 @@ class RangeObserver:
         clips = torch.linspace(0.1, 1.0, _CANDIDATES, dtype=torch.float64)[:, None] * top
         excess = (centres - clips).clamp(min=0.0)
         inside = (centres <= clips).double()
-        error = ((excess.square() + inside * (clips / quant_max).square() / 12) * self.counts).sum(dim=1)
+        error = ((excess.square() + inside * (clips / quant_max).square() / 12) * self.counts).sum(
+            dim=1
+        )
         return float(clips[error.argmin(), 0]) / quant_max
 
 
-def observe_inputs(model: nn.Module, fqns: Iterable[str], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, RangeObserver]:
+def observe_inputs(
+    model: nn.Module, fqns: Iterable[str], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, RangeObserver]:
     """Run calibration batches and observe the inputs of the named modules.
 
     Args:

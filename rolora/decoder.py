@@ -1,8 +1,8 @@
 """The parts of a decoder, by dotted module name.
 
-A rotation or a quantizer must know which linears read the residual stream, which write it, and which
-pairs share a head. Those facts are data. `deploy` fills them in for each model family; this package
-never spells a module name itself.
+A rotation or a quantizer must know which linears read the residual stream, which write it, and
+which pairs share a head. Those facts are data. `deploy` fills them in for each model family; this
+package never spells a module name itself.
 """
 
 from __future__ import annotations

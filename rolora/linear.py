@@ -1,4 +1,4 @@
-"""A linear and an embedding that hold integers and compute with them: the reference of the exported graph.
+"""A linear and an embedding of integers: the reference of the exported graph.
 
 With activation scale s_x (per tensor or token) and weight scales s_w[out]
 
@@ -96,7 +96,11 @@ class QuantizedLinear(nn.Module):
             grouped = x.reshape(x.shape[0], -1, spec.group_size or x.shape[1])
             scale = token_scale(grouped, spec.bits, spec.clip_ratio)
             return quantize(grouped, scale, quant_min, quant_max).reshape(x.shape), scale
-        scale = token_scale(x, spec.bits, spec.clip_ratio) if self.input_scale is None else self.input_scale
+        scale = (
+            token_scale(x, spec.bits, spec.clip_ratio)
+            if self.input_scale is None
+            else self.input_scale
+        )
         return quantize(x, scale, quant_min, quant_max), scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class QuantizedLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _grouped_product(self, q_x: Tensor, scale: Tensor) -> Tensor:
-        """Sum the exact products of each group of columns, weighted by both scales; float32 [T, N]."""
+        """Sum the exact products of the groups, weighted by both scales; float32 [T, N]."""
         width = self.activation.group_size or self.in_features
         y = torch.zeros(q_x.shape[0], self.out_features)
         for group, start in enumerate(range(0, self.in_features, width)):
@@ -131,8 +135,10 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe bits and granularity."""
         return (
-            f"in={self.in_features}, out={self.out_features}, weight={self.weight_spec.bits} bits per "
-            f"{self.weight_spec.granularity}, input={self.activation.bits} bits per {self.activation.granularity}"
+            f"in={self.in_features}, out={self.out_features}, weight={self.weight_spec.bits} bits "
+            f"per "
+            f"{self.weight_spec.granularity}, input={self.activation.bits} bits per "
+            f"{self.activation.granularity}"
         )
 
 

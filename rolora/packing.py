@@ -1,7 +1,8 @@
 """Two 4-bit weights in a byte.
 
-Layout: row by row, the even column in the low nibble, each value stored with an offset of 8 (so 0..15). This is also
-the block layout of ONNX Runtime's MatMulNBits, so that an export copies the bytes.
+Layout: row by row, the even column in the low nibble, each value stored with an offset of 8 (so
+0..15). This is also the block layout of ONNX Runtime's MatMulNBits, so that an export copies the
+bytes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def unpack_int4(packed: Tensor) -> Tensor:
         ValueError: The dtype is not uint8 or the tensor is not 2-D.
     """
     if packed.dtype != torch.uint8 or packed.ndim != 2:
-        raise ValueError(f"unpack: expected uint8 [out, in / 2], got {packed.dtype} {tuple(packed.shape)}")
+        raise ValueError(
+            f"unpack: expected uint8 [out, in / 2], got {packed.dtype} {tuple(packed.shape)}"
+        )
     low, high = packed & 0x0F, packed >> 4
-    return (torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1).to(torch.int16) - _OFFSET).to(torch.int8)
+    return (
+        torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1).to(torch.int16) - _OFFSET
+    ).to(torch.int8)

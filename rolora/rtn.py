@@ -1,7 +1,8 @@
 """Round-to-nearest weights with a search for the clipping point.
 
-Per row (or group) the scale is p * absmax / quant_max. A smaller p rounds the many small weights finer and saturates
-the few large ones; the p with the least squared error wins (QuaRot, arXiv:2404.00456, searches alike with |e|^2.4).
+Per row (or group) the scale is p * absmax / quant_max. A smaller p rounds the many small weights
+finer and saturates the few large ones; the p with the least squared error wins (QuaRot,
+arXiv:2404.00456, searches alike with |e|^2.4).
 """
 
 from __future__ import annotations
@@ -22,27 +23,34 @@ def _candidates(bits: int) -> list[float]:
     return [1.0 - step * i for i in range(round((1.0 - lowest) / step) + 1)]
 
 
-def quantize_weight(weight: Tensor, spec: WeightSpec, *, clip_search: bool) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, spec: WeightSpec, *, clip_search: bool
+) -> tuple[Tensor, Tensor]:
     """Round a weight to nearest.
 
     Args:
         weight: float [out, in], finite.
         spec: Bits and group size.
-        clip_search: Search the clip ratio of each scale; otherwise the scale covers the absolute maximum.
+        clip_search: Search the clip ratio of each scale; otherwise the scale covers the absolute
+            maximum.
 
     Returns:
         Integers int8 [out, in] and scales float32 [out] (per channel) or [out, in / group_size].
 
     Raises:
-        ValueError: The weight is not finite, not 2-D, or its columns are no multiple of the group size.
+        ValueError: The weight is not finite, not 2-D, or its columns are no multiple of the group
+            size.
     """
     if weight.ndim != 2:
-        raise ValueError(f"weight: expected 2 dimensions [out, in], got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected 2 dimensions [out, in], got shape {tuple(weight.shape)}"
+        )
     rows, columns = weight.shape
     width = spec.group_size or columns
     if columns % width:
         raise ValueError(
-            f"group size {width} does not divide the {columns} input columns; use a divisor or no group size"
+            f"group size {width} does not divide the {columns} input columns; use a divisor or no "
+            f"group size"
         )
     quantized = torch.empty(rows * columns // width, width, dtype=torch.int8)
     scales = torch.empty(rows * columns // width, 1)
@@ -60,7 +68,7 @@ def quantize_weight(weight: Tensor, spec: WeightSpec, *, clip_search: bool) -> t
 
 
 def _round_rows(rows: Tensor, bits: int, ratios: list[float]) -> tuple[Tensor, Tensor]:
-    """Round each row of float32 [n, width] with the best of the clip ratios; returns int8 [n, width], [n, 1]."""
+    """Round rows [n, width] with the best of the clip ratios; returns int8, scales [n, 1]."""
     quant_min, quant_max = weight_range(bits)
     absmax = rows.abs().amax(dim=1, keepdim=True)
     # A row of zeros keeps scale 1: its integers are all 0.

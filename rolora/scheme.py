@@ -1,13 +1,15 @@
 """What is quantized to how many bits, as data.
 
-A scheme name such as ``W4A8`` says: weights of 4 bits, activations (the inputs of the linears) of 8 bits. Both are
-symmetric. The granularity of the scales is data too, since each integer kernel dictates its own:
+A scheme name such as ``W4A8`` says: weights of 4 bits, activations (the inputs of the linears) of 8
+bits. Both are symmetric. The granularity of the scales is data too, since each integer kernel
+dictates its own:
 
-========  ==================================  =======================================================
-TENSOR    one scale, fixed by calibration     inputs that follow a folded RMSNorm in a rotated model
-TOKEN     one scale a token, at run time      every other input of the integer kernel
-GROUP     one scale a token and K-block       weights with groups (the kernel quantizes each block)
-========  ==================================  =======================================================
+========  ==================================
+======================================================= TENSOR    one scale, fixed by calibration
+inputs that follow a folded RMSNorm in a rotated model TOKEN     one scale a token, at run time
+every other input of the integer kernel GROUP     one scale a token and K-block       weights with
+groups (the kernel quantizes each block) ========  ==================================
+=======================================================
 """
 
 from __future__ import annotations
@@ -32,6 +34,13 @@ class Granularity(StrEnum):
     GROUP = "group"
 
 
+class WeightMethod(StrEnum):
+    """How block weights are rounded."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Bit widths of weights and activations, written ``W<bits>A<bits>``."""
@@ -44,7 +53,8 @@ class Scheme:
         """Read a scheme name such as ``W8A8``, in any case.
 
         Raises:
-            ValueError: The name is malformed or names an unsupported width; the message lists the supported ones.
+            ValueError: The name is malformed or names an unsupported width; the message lists the
+                supported ones.
         """
         match = re.fullmatch(r"[wW](\d+)[aA](\d+)", name.strip())
         supported = (
@@ -92,6 +102,8 @@ class QuantizationRecipe:
     """Everything that decides the integers of a checkpoint."""
 
     scheme: Scheme
+    weights: WeightMethod = WeightMethod.RTN
+    """Of the blocks; embedding and head are always rounded to nearest."""
     group_size: int | None = None
     """Group size of block weights; None is per output channel."""
     clip_search: bool = True
@@ -113,13 +125,18 @@ class QuantizationRecipe:
             raise ValueError(f"group size: expected one of {GROUP_SIZES}, got {self.group_size}")
         if self.group_size is not None and self.scheme.activation_bits != 8:
             raise ValueError(
-                f"group size {self.group_size} with {self.scheme}: weight groups run in a kernel whose activations "
+                f"group size {self.group_size} with {self.scheme}: weight groups run in a kernel "
+                f"whose activations "
                 "have 8 bits; use A8, or leave the group size out"
             )
         if self.group_size is not None and self.scheme.weight_bits == 6:
-            raise ValueError("weight groups: expected weights of 4 or 8 bits, got 6; leave the group size out")
+            raise ValueError(
+                "weight groups: expected weights of 4 or 8 bits, got 6; leave the group size out"
+            )
         if not 0.1 <= self.activation_clip <= 1.0:
-            raise ValueError(f"activation clip ratio: expected 0.1 to 1.0, got {self.activation_clip}")
+            raise ValueError(
+                f"activation clip ratio: expected 0.1 to 1.0, got {self.activation_clip}"
+            )
         for part, bits in (("embedding", self.embedding_bits), ("head", self.head_bits)):
             if bits not in (8, FLOAT_BITS):
                 raise ValueError(f"{part} bits: expected 8 or {FLOAT_BITS} (float), got {bits}")

@@ -1,0 +1,48 @@
+"""Answer a question with an exported model: onnxruntime, numpy and tokenizers are all it takes.
+
+python examples/generate.py artifacts/demo/w8a8/onnx "What is the capital of France?"
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+directory, question = Path(sys.argv[1]), sys.argv[2]
+config = json.loads((directory / "genai_config.json").read_text())["model"]
+decoder, room = config["decoder"], 512
+tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+session = ort.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
+
+# The chat format of SmolLM2; a model's own stands in chat_template.jinja.
+prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+shape = (1, decoder["num_key_value_heads"], room, decoder["head_size"])
+cache = {
+    f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+    for layer in range(decoder["num_hidden_layers"])
+    for part in ("key", "value")
+}
+ends, step, length = np.atleast_1d(config["eos_token_id"]), np.array([ids]), 0
+while length + step.shape[1] < room:
+    length += step.shape[1]
+    binding = session.io_binding()
+    binding.bind_cpu_input("input_ids", step)
+    binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))
+    for (
+        name,
+        buffer,
+    ) in cache.items():  # past and present share a buffer: attention appends in place
+        binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+        binding.bind_ortvalue_output(f"present.{name}", buffer)
+    binding.bind_output("logits")
+    session.run_with_iobinding(binding)
+    token = int(binding.get_outputs()[-1].numpy()[0, -1].argmax())
+    if token in ends:
+        break
+    print(tokenizer.decode([token]), end="", flush=True)
+    step = np.array([[token]])
+print()

@@ -1,0 +1,135 @@
+"""GPTQ: round column by column, let those that are left make up for it (arXiv:2210.17323).
+
+With the second moments H = sum x x^T of a layer's inputs, rounding column i of W by an error e_i is
+best repaired by
+
+    W[:, j] -= e_i / U[i, i] * U[i, j]     for the columns j > i,        U = upper Cholesky factor
+    of H^-1.
+
+Columns go in the order of falling H[i, i] (act-order), scales are fixed beforehand from the
+original weight (so groups keep their columns), and the diagonal is damped by a share of its mean,
+ten times more after each failed
+factorization.
+Departure: the result is kept only if its error tr((W - Q) H (W - Q)^T) is below that of round-to-
+    nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rolora.affine import weight_range
+from rolora.rtn import quantize_weight
+from rolora.scheme import WeightSpec
+
+_BLOCK_COLUMNS = 128
+_DAMPING = 0.01
+_DAMPING_TRIES = 4
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Integers of one weight, and what they cost on the calibration inputs."""
+
+    q: Tensor
+    """int8 [out, in]."""
+    scale: Tensor
+    """float32 [out] or [out, groups]."""
+    error: float
+    """tr((W - Q) H (W - Q)^T) over tr(W H W^T)."""
+    rtn_error: float
+    """The same of round-to-nearest with the same scales."""
+
+
+def quantize_weight_gptq(
+    weight: Tensor, hessian: Tensor, spec: WeightSpec, *, clip_search: bool
+) -> GptqResult:
+    """Round a weight with GPTQ, or to nearest where that is better.
+
+    Args:
+        weight: float [out, in], finite.
+        hessian: float32 [in, in], sum of x x^T over calibration inputs x.
+        spec: Bits and group size.
+        clip_search: See `rolora.rtn.quantize_weight`, which sets the scales.
+
+    Raises:
+        ValueError: As `quantize_weight`; or the Hessian has another size, is not finite, or cannot
+            be factorized even with strong damping.
+    """
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise ValueError(f"Hessian: expected [{columns}, {columns}], got {list(hessian.shape)}")
+    if not torch.isfinite(hessian).all():
+        raise ValueError(
+            "Hessian has NaN or infinite values; check the calibration text and the model's weights"
+        )
+    nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
+    weight = weight.detach().float()
+    wide_scale = _per_column(scale, columns)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order])
+    rounded = torch.empty_like(nearest)
+    rounded[:, order] = _round_columns(
+        weight[:, order].clone(), wide_scale[:, order], factor, spec.bits
+    )
+    energy = _quadratic(weight, hessian)
+    error, rtn_error = (
+        _quadratic(weight - q.float() * wide_scale, hessian) / energy for q in (rounded, nearest)
+    )
+    if not error < rtn_error:
+        rounded, error = nearest, rtn_error
+    return GptqResult(rounded, scale, error, rtn_error)
+
+
+def _per_column(scale: Tensor, columns: int) -> Tensor:
+    """Spread scales [out] or [out, groups] over the columns: float32 [out, in]."""
+    by_group = scale[:, None] if scale.ndim == 1 else scale
+    return by_group.repeat_interleave(columns // by_group.shape[1], dim=1)
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor U of the damped inverse, H^-1 = U^T U, float32."""
+    damped = hessian.double()
+    mean = float(damped.diagonal().mean())
+    # A column that never was non-zero has no say in any other, and mean 0 means there is none that
+    # has.
+    share = _DAMPING * (mean if mean > 0.0 else 1.0)
+    for _ in range(_DAMPING_TRIES):
+        trial = damped + share * torch.eye(len(damped), dtype=torch.float64)
+        lower, failed = torch.linalg.cholesky_ex(trial)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            upper: Tensor = factor.float()
+            return upper
+        share *= 10.0
+    raise ValueError(
+        f"Hessian of size {len(hessian)} stays singular with {share / 10:.3g} on its diagonal"
+    )
+
+
+def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """Round the columns of float32 [out, in], which it overwrites; returns int8 [out, in]."""
+    quant_min, quant_max = weight_range(bits)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    for start in range(0, weight.shape[1], _BLOCK_COLUMNS):
+        end = min(start + _BLOCK_COLUMNS, weight.shape[1])
+        # One row per column of the weight, so that the inner loop touches contiguous memory.
+        block = weight[:, start:end].t().contiguous()
+        errors = torch.empty_like(block)
+        for i in range(end - start):
+            column_scale = scale[:, start + i]
+            rounded = torch.clamp(torch.round(block[i] / column_scale), quant_min, quant_max)
+            q[:, start + i] = rounded.to(torch.int8)
+            errors[i] = (block[i] - rounded * column_scale) / factor[start + i, start + i]
+            block[i + 1 :] -= torch.outer(factor[start + i, start + i + 1 : end], errors[i])
+        weight[:, end:] -= errors.t() @ factor[start:end, end:]
+    return q
+
+
+def _quadratic(weight: Tensor, hessian: Tensor) -> float:
+    """Return tr(W H W^T)."""
+    return float(((weight @ hessian) * weight).sum(dtype=torch.float64))
