@@ -240,7 +240,7 @@ def merge_rotate_quantize_command(
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
     weights: Annotated[
         WeightsName, typer.Option(help="How weights are rounded.")
-    ] = WeightsName.RTN,
+    ] = WeightsName.GPTQ,
     group_size: Annotated[
         int | None,
         typer.Option(

@@ -23,13 +23,17 @@ from deploy.export import Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.language_model import OpenedModel, open_language_model
 from deploy.loading import DEMO_MODEL
-from deploy.merge_rotate_quantize import CheckpointSettings, RotationChoice, merge_rotate_quantize
+from deploy.merge_rotate_quantize import (
+    CheckpointSettings,
+    RotationChoice,
+    choose_recipe,
+    merge_rotate_quantize,
+)
 from deploy.run import Sampling, TextGenerator
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings
-from rolora.rotation import RotationKind, RotationName
-from rolora.scheme import QuantizationRecipe, Scheme
+from rolora.rotation import RotationName
 
 QUESTION = "Why does bread rise when it is baked?"
 
@@ -40,24 +44,21 @@ class Variant:
 
     label: str
     directory: str
-    recipe: QuantizationRecipe | None
-    rotate: bool
+    scheme: str
+    rotation: RotationChoice
 
 
 def variants() -> list[Variant]:
     """Return the rows of the table, the float reference first."""
-
-    def recipe(scheme: str, *, rotate: bool, **options: Any) -> QuantizationRecipe:
-        return QuantizationRecipe(Scheme.parse(scheme), static_after_norm=rotate, **options)
+    rotated = RotationChoice(frozenset(RotationName))
+    plain = RotationChoice(frozenset())
 
     return [
-        Variant("fine-tuned, float32", "fp32", None, rotate=False),
-        Variant("W8A8, not rotated", "w8a8-plain", recipe("W8A8", rotate=False), rotate=False),
-        Variant("W8A8, rotated", "w8a8", recipe("W8A8", rotate=True), rotate=True),
-        Variant("W4A8, rotated", "w4a8", recipe("W4A8", rotate=True, group_size=32), rotate=True),
-        Variant(
-            "W4A4, rotated", "w4a4", recipe("W4A4", rotate=True, activation_clip=0.9), rotate=True
-        ),
+        Variant("fine-tuned, float32", "fp32", "FP32", plain),
+        Variant("W8A8, not rotated", "w8a8-plain", "W8A8", plain),
+        Variant("W8A8, rotated", "w8a8", "W8A8", rotated),
+        Variant("W4A8, rotated", "w4a8", "W4A8", rotated),
+        Variant("W4A4, rotated", "w4a4", "W4A4", rotated),
     ]
 
 
@@ -157,13 +158,12 @@ def _finetune_settings(settings: DemoSettings) -> FinetuneSettings:
 def _checkpoint_settings(
     settings: DemoSettings, adapter: Path, variant: Variant
 ) -> CheckpointSettings:
-    rotations = frozenset(RotationName) if variant.rotate else frozenset[RotationName]()
     return CheckpointSettings(
         model=settings.model,
         adapter=adapter,
         merge=MergeMethod.EXACT,
-        rotation=RotationChoice(rotations, RotationKind.HADAMARD, seed=0),
-        recipe=variant.recipe,
+        rotation=variant.rotation,
+        recipe=choose_recipe(variant.scheme, rotation=variant.rotation),
         calibration=None,
     )
 

@@ -81,7 +81,7 @@ def choose_recipe(
     scheme: str,
     *,
     rotation: RotationChoice | None,
-    weights: str = WeightMethod.RTN,
+    weights: str = WeightMethod.GPTQ,
     group_size: int | None = None,
     clip_search: bool = True,
     activation_clip: float | None = None,
@@ -134,7 +134,7 @@ class CheckpointSettings:
     recipe: QuantizationRecipe | None
     """None leaves the weights in float32."""
     calibration: str | None
-    calibration_windows: int = 8
+    calibration_windows: int = 16
     calibration_tokens: int = 512
 
     def to_config(self) -> dict[str, Any]:
