@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from rolora.affine import activation_range
+from rolora.affine import SMALLEST_SCALE, activation_range
 
 _BINS = 4096
 _CANDIDATES = 512
@@ -37,6 +37,8 @@ class RangeObserver:
             ValueError: A value is NaN or infinite.
         """
         magnitude = x.detach().abs().float().flatten()
+        if not magnitude.numel():
+            return
         largest = float(magnitude.max())
         if not torch.isfinite(torch.tensor(largest)):
             raise ValueError(
@@ -44,6 +46,9 @@ class RangeObserver:
             )
         while largest > self.limit:
             self._double(largest)
+        if self.limit == 0.0:  # only zeros so far, for which `histc` makes up a range
+            self.counts[0] += magnitude.numel()
+            return
         self.counts += torch.histc(magnitude, bins=_BINS, min=0.0, max=self.limit).double()
 
     def _double(self, largest: float) -> None:
@@ -57,7 +62,7 @@ class RangeObserver:
         self.limit *= 2.0
 
     def scale(self, bits: int) -> float:
-        """Return the scale whose clipping point has the least expected squared error.
+        """Return the scale whose clipping point has the least expected squared error, never 0.
 
         Raises:
             ValueError: Nothing has been observed.
@@ -77,7 +82,7 @@ class RangeObserver:
         error = ((excess.square() + inside * (clips / quant_max).square() / 12) * self.counts).sum(
             dim=1
         )
-        return float(clips[error.argmin(), 0]) / quant_max
+        return max(float(clips[error.argmin(), 0]) / quant_max, SMALLEST_SCALE)
 
 
 def observe_inputs(
@@ -92,13 +97,23 @@ def observe_inputs(
 
     Returns:
         An observer per FQN.
+
+    Raises:
+        ValueError: An input is NaN or infinite; the message names the module.
     """
     observers = {fqn: RangeObserver() for fqn in fqns}
+
+    def observe(fqn: str, x: Tensor) -> None:
+        try:
+            observers[fqn].update(x)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from error
+
     handles = [
         model.get_submodule(fqn).register_forward_pre_hook(
-            lambda _module, inputs, observer=observer: observer.update(inputs[0])
+            lambda _module, inputs, fqn=fqn: observe(fqn, inputs[0])
         )
-        for fqn, observer in observers.items()
+        for fqn in observers
     ]
     try:
         with torch.inference_mode():

@@ -39,7 +39,7 @@ class GptqResult:
     scale: Tensor
     """float32 [out] or [out, groups]."""
     error: float
-    """tr((W - Q) H (W - Q)^T) over tr(W H W^T)."""
+    """tr((W - Q) H (W - Q)^T) over tr(W H W^T); 0 where the output is."""
     rtn_error: float
     """The same of round-to-nearest with the same scales."""
 
@@ -59,7 +59,7 @@ def quantize_weight_gptq(
         ValueError: As `quantize_weight`; or the Hessian has another size, is not finite, or cannot
             be factorized even with strong damping.
     """
-    columns = weight.shape[1]
+    columns = weight.shape[-1]
     if hessian.shape != (columns, columns):
         raise ValueError(f"Hessian: expected [{columns}, {columns}], got {list(hessian.shape)}")
     if not torch.isfinite(hessian).all():
@@ -77,7 +77,8 @@ def quantize_weight_gptq(
     )
     energy = _quadratic(weight, hessian)
     error, rtn_error = (
-        _quadratic(weight - q.float() * wide_scale, hessian) / energy for q in (rounded, nearest)
+        _quadratic(weight - q.float() * wide_scale, hessian) / energy if energy else 0.0
+        for q in (rounded, nearest)
     )
     if not error < rtn_error:
         rounded, error = nearest, rtn_error

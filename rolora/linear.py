@@ -9,11 +9,16 @@ and with groups g of input columns   y = sum_g s_x[g] * (q_x[g] @ q_w[g]^T) * s_
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 from rolora.affine import activation_range, dequantize, quantize, token_scale
 from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+
+_EXACT_COLUMNS = 1024
+"""Columns whose int8 products sum exactly in float32: 1024 * 128 * 128 = 2^24."""
 
 
 def integer_matmul(q_x: Tensor, q_w: Tensor) -> Tensor:
@@ -26,7 +31,26 @@ def integer_matmul(q_x: Tensor, q_w: Tensor) -> Tensor:
     Returns:
         int32 [T, N], equal to the product in exact arithmetic.
     """
-    return torch._int_mm(q_x.contiguous(), q_w.t())
+    columns = q_x.shape[1]
+    # torch 2.13 returns memory that it never wrote for one column.
+    if columns > 1 and _native_product_is_exact():
+        return torch._int_mm(q_x.contiguous(), q_w.t())
+    product = torch.zeros(q_x.shape[0], q_w.shape[0], dtype=torch.int32)
+    for start in range(0, columns, _EXACT_COLUMNS):
+        part = slice(start, start + _EXACT_COLUMNS)
+        product += (q_x[:, part].float() @ q_w[:, part].float().t()).int()
+    return product
+
+
+@cache
+def _native_product_is_exact() -> bool:
+    """Return whether this CPU multiplies int8 exactly.
+
+    Without VNNI instructions the kernel adds pairs of products in 16 bits, which saturate.
+    """
+    extremes = torch.tensor([[-128], [127]], dtype=torch.int8)
+    product = torch._int_mm(extremes.repeat(1, 64), extremes.repeat(1, 64).t())
+    return torch.equal(product, 64 * extremes.int() * extremes.int().t())
 
 
 class QuantizedLinear(nn.Module):
@@ -41,7 +65,8 @@ class QuantizedLinear(nn.Module):
         input_scale: float32 scalar; needed by, and only by, TENSOR granularity.
 
     Raises:
-        ValueError: `input_scale` and the granularity contradict each other.
+        ValueError: `input_scale` and the granularity contradict each other, or the groups of weight
+            and input differ.
     """
 
     weight: Tensor
@@ -63,6 +88,13 @@ class QuantizedLinear(nn.Module):
             raise ValueError(
                 f"input scale: {activation.granularity} granularity "
                 + ("needs one, got none" if input_scale is None else "takes none, got one")
+            )
+        # Grouped scales of the weight on a product over all groups would broadcast into nonsense.
+        groups = activation.group_size if activation.granularity is Granularity.GROUP else None
+        if weight_spec.group_size != groups:
+            raise ValueError(
+                f"groups: expected the same for weight and input, got {weight_spec.group_size} and "
+                f"{groups}"
             )
         self.weight_spec = weight_spec
         self.activation = activation

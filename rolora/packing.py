@@ -46,6 +46,6 @@ def unpack_int4(packed: Tensor) -> Tensor:
             f"unpack: expected uint8 [out, in / 2], got {packed.dtype} {tuple(packed.shape)}"
         )
     low, high = packed & 0x0F, packed >> 4
-    return (
-        torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1).to(torch.int16) - _OFFSET
-    ).to(torch.int8)
+    columns = 2 * packed.shape[1]
+    unsigned = torch.stack((low, high), dim=-1).reshape(packed.shape[0], columns)
+    return (unsigned.to(torch.int16) - _OFFSET).to(torch.int8)

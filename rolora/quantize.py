@@ -100,9 +100,12 @@ def quantize_decoder(
     if recipe.embedding_bits != FLOAT_BITS:
         table = model.get_submodule(names.embedding).weight
         assert isinstance(table, Tensor)
-        q, scale = quantize_weight(
-            table.detach(), WeightSpec(recipe.embedding_bits), clip_search=recipe.clip_search
-        )
+        try:
+            q, scale = quantize_weight(
+                table.detach(), WeightSpec(recipe.embedding_bits), clip_search=recipe.clip_search
+            )
+        except ValueError as error:
+            raise ValueError(f"{names.embedding}: {error}") from error
         _replace(model, names.embedding, QuantizedEmbedding(q, scale))
         progress(names.embedding)
     use_gptq = recipe.weights is WeightMethod.GPTQ
@@ -145,11 +148,11 @@ def _quantize_linear(
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"{plan.fqn}: expected a float nn.Linear, got {type(linear).__name__}")
     input_scale = None
-    if plan.activation.granularity is Granularity.TENSOR:
-        input_scale = torch.tensor(observers[plan.observed].scale(plan.activation.bits))
     weight = linear.weight.detach()
     output_error = nearest_error = None
     try:
+        if plan.activation.granularity is Granularity.TENSOR:
+            input_scale = torch.tensor(observers[plan.observed].scale(plan.activation.bits))
         if hessian is None:
             q, scale = quantize_weight(weight, plan.weight, clip_search=recipe.clip_search)
         else:
@@ -176,13 +179,13 @@ def _relative_error(weight: Tensor, quantized: QuantizedLinear) -> float:
     rows = max(1, (1 << 22) // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
-        spec = quantized.weight_spec
         piece = QuantizedLinear(
             quantized.weight[part],
             quantized.weight_scale[part],
             None,
-            spec,
-            ActivationSpec(8, Granularity.TOKEN),
+            quantized.weight_spec,
+            quantized.activation,
+            quantized.input_scale,
         ).dequantized_weight()
         difference += float((piece - weight[part].float()).square().sum())
         total += float(weight[part].float().square().sum())

@@ -16,6 +16,9 @@ from rolora.scheme import WeightSpec
 _CHUNK_ELEMENTS = 1 << 22
 """Elements searched at a time: bounds the temporaries to a few times 16 MiB."""
 
+_SMALLEST_SCALE = 1e-30
+"""Lower bound of a row's scale, so that a row of subnormal numbers has none of 0."""
+
 
 def _candidates(bits: int) -> list[float]:
     """Return the clip ratios tried, the unclipped one first; coarser codes clip deeper."""
@@ -72,7 +75,8 @@ def _round_rows(rows: Tensor, bits: int, ratios: list[float]) -> tuple[Tensor, T
     quant_min, quant_max = weight_range(bits)
     absmax = rows.abs().amax(dim=1, keepdim=True)
     # A row of zeros keeps scale 1: its integers are all 0.
-    full = torch.where(absmax > 0, absmax / quant_max, torch.ones_like(absmax))
+    smallest = (absmax / quant_max).clamp(min=_SMALLEST_SCALE)
+    full = torch.where(absmax > 0, smallest, torch.ones_like(absmax))
     best_scale = full.clone()
     best_error = torch.full_like(absmax, torch.inf)
     for ratio in ratios:

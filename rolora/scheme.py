@@ -2,14 +2,13 @@
 
 A scheme name such as ``W4A8`` says: weights of 4 bits, activations (the inputs of the linears) of 8
 bits. Both are symmetric. The granularity of the scales is data too, since each integer kernel
-dictates its own:
+dictates its own::
 
-========  ==================================
-======================================================= TENSOR    one scale, fixed by calibration
-inputs that follow a folded RMSNorm in a rotated model TOKEN     one scale a token, at run time
-every other input of the integer kernel GROUP     one scale a token and K-block       weights with
-groups (the kernel quantizes each block) ========  ==================================
-=======================================================
+    CHANNEL   one scale an output channel           weights
+    TENSOR    one scale, fixed by calibration       inputs that follow a norm (in a rotated model)
+    TOKEN     one scale a token, at run time        every other input
+    GROUP     one scale a block of input columns    weights with groups, and their inputs (a scale a
+                                                    token and block): the kernel quantizes each
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Scheme:
             ValueError: The name is malformed or names an unsupported width; the message lists the
                 supported ones.
         """
-        match = re.fullmatch(r"[wW](\d+)[aA](\d+)", name.strip())
+        match = re.fullmatch(r"[wW]([0-9]{1,3})[aA]([0-9]{1,3})", name.strip())
         supported = (
             f"supported: W{{{','.join(map(str, WEIGHT_BITS))}}}"
             f"A{{{','.join(map(str, ACTIVATION_BITS))}}}, for example W8A8, W4A8, W4A4"

@@ -60,7 +60,10 @@ def build_peer(work: Path, precision: str) -> Path:
             export,
         ]
         command += ["-p", precision, "-e", "cpu", "-c", work / "cache"]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+        log = work / f"genai-{precision}.log"
+        with log.open("w", encoding="utf-8") as stream:
+            parts = [str(part) for part in command]
+            subprocess.run(parts, check=True, stdout=stream, stderr=subprocess.STDOUT)
     return export
 
 
