@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -92,13 +92,16 @@ class FinetuneReport:
 
     output: Path
     manifest: Manifest
+    clock: Mapping[str, float]
+    """Seconds, tokens per second and peak memory of this run; empty if there was nothing to do."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
+        training: Any = self.manifest.details["training"]
         return {
             "output": str(self.output),
             "digest": self.manifest.digest,
-            "training": self.manifest.details["training"],
+            "training": {**training, **self.clock},
         }
 
 
@@ -132,27 +135,30 @@ def finetune(
     parents = {"model": loaded.digest} | _data_digests(settings)
     if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
         progress(f"{output} is finished already")
-        return FinetuneReport(output, done)
+        return FinetuneReport(output, done, {})
     names = decoder_names(loaded.model.config)
+    targets = resolve_targets(names, settings.targets)
     plan = _rotate(loaded, names, settings)
-    progress(f"training {len(examples)} examples")
-    model = attach_adapters(
-        loaded.model, settings.adapter, resolve_targets(names, settings.targets)
-    )
-    if plan is not None:
-        install_online_rotations(model, plan, names)
     checkpoints = output.with_name(f"{output.name}.training")
+    _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
+    progress(f"training on {len(examples)} examples")
     try:
+        model = attach_adapters(
+            loaded.model, settings.adapter, targets, seed=settings.training.seed
+        )
+        if plan is not None:
+            install_online_rotations(model, plan, names)
         training = train_adapter(
             model, loaded.tokenizer, examples, validation, settings.training, checkpoints, resume
         )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
-    if int(os.environ.get("RANK", "0")) != 0:
+    if _process_rank() != 0:
         return None
+    summary, clock = _split_clock(training)
     with new_artifact(output) as directory:
         save_adapter(model, settings.adapter, directory)
-        details: dict[str, Any] = {"training": _summary(training)} | save_rotation(directory, plan)
+        details: dict[str, Any] = {"training": summary} | save_rotation(directory, plan)
         manifest = write_manifest(
             directory,
             Manifest(
@@ -164,7 +170,29 @@ def finetune(
             ),
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return FinetuneReport(output, manifest)
+    return FinetuneReport(output, manifest, clock)
+
+
+def _process_rank() -> int:
+    """Return this process's number under `accelerate launch` or torchrun, else 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _claim_checkpoints(directory: Path, model_digest: str, *, resume: bool) -> None:
+    """Note the model that training checkpoints belong to; refuse those of another one.
+
+    Raises:
+        ConfigError: The checkpoints to resume from were made with another model.
+    """
+    marker = directory / "model.sha256"
+    if resume and marker.is_file() and marker.read_text(encoding="utf-8").strip() != model_digest:
+        raise ConfigError(
+            f"{directory}: its checkpoints were made with another model; give that model, "
+            "or remove the directory and start anew"
+        )
+    if _process_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        marker.write_text(model_digest + "\n", encoding="utf-8")
 
 
 def _read(source: str) -> list[Example]:
@@ -199,7 +227,9 @@ def _rotate(
     return plan
 
 
-def _summary(report: TrainReport) -> dict[str, Any]:
-    """Return what a training run did without its clock, which would make equal adapters differ."""
+def _split_clock(report: TrainReport) -> tuple[dict[str, Any], dict[str, float]]:
+    """Part what a run did from its clock, which would make equal adapters differ."""
     timed = {"seconds", "tokens_per_s", "peak_rss_bytes"}
-    return {key: value for key, value in report.to_dict().items() if key not in timed}
+    values = report.to_dict()
+    clock = {key: values.pop(key) for key in sorted(timed)}
+    return values, clock
