@@ -56,6 +56,9 @@ TARGET_PARTS: Mapping[str, str] = {
 
 ALL_TARGETS = "all"
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the text."""
+
 
 @dataclass(frozen=True)
 class QueryKeyNorms:
@@ -202,6 +205,9 @@ def _refuse_unhandled_features(config: PreTrainedConfig) -> None:
     if config.hidden_act not in ("silu", "swish"):
         faults.append(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        faults.append(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1.0:
         faults.append(f"partial_rotary_factor is {factor}, expected 1.0")

@@ -85,6 +85,10 @@ def test_another_family_is_refused_naming_those_supported() -> None:
             "partial_rotary_factor is 0.5",
         ),
         ({"num_experts": 8}, "8 experts"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'dynamic', expected one of default, linear, llama3, yarn",
+        ),
         ({"num_attention_heads": 32, "num_key_value_heads": 5}, "no multiple of 5"),
     ],
 )
