@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
 from deploy.checkpoint import Checkpoint
+from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
 from deploy.linear_ops import (
     QuantizedInput,
@@ -29,6 +30,9 @@ from deploy.linear_ops import (
 )
 from rolora.decoder import BlockNames
 from rolora.scheme import Granularity
+
+HEAD_DIM_MULTIPLE = 16
+"""What GroupQueryAttention demands of the head size when it rotates."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,18 @@ class DecoderGraph:
 
     Args:
         checkpoint: A rotated or unrotated, quantized or float checkpoint.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime's attention cannot run the model's head size.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        head_dim = checkpoint.names.head_dim
+        if head_dim % HEAD_DIM_MULTIPLE:
+            raise UnsupportedModelError(
+                f"{checkpoint.directory}: head_dim is {head_dim}; the rotary attention of ONNX "
+                f"Runtime needs a multiple of {HEAD_DIM_MULTIPLE}"
+            )
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.names
@@ -91,7 +104,7 @@ class DecoderGraph:
             normed, stream = self._norm(block.mlp_norm, stream, delta)
             delta = self._mlp(block, normed)
         normed, _ = self._norm(names.final_norm, stream, delta)
-        logits = self._linear([names.head], normed, self._quantized(names.head, normed), "lm_head")
+        logits = self._linear([names.head], normed, self._quantized(names.head, normed), names.head)
         wide = ("batch_size", "sequence_length", self.config.vocab_size)
         logits = name_output(logits, "logits", ir.DataType.FLOAT, wide)
         return graph.build(inputs, [logits, *outputs])

@@ -94,6 +94,7 @@ def export_onnx(
         ConfigError: The output exists.
         StageOrderError: The directory is no checkpoint.
         ArtifactError: A file is missing or damaged, or the disk is full.
+        UnsupportedModelError: ONNX Runtime cannot run the model's head size.
         ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
     """
     with Checkpoint(checkpoint_directory) as checkpoint:
