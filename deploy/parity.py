@@ -1,7 +1,7 @@
 """Does the exported graph compute what the torch model with the same integers computes?
 
-Two checks. Exactness: every quantized weight in the ONNX file is, integer by integer, the
-checkpoint's. Parity: the same tokens through both, first as one prompt, then token by token over
+Two checks. Exactness: every quantized weight in the ONNX file is, integer by integer and scale by
+scale, the checkpoint's. Parity: the same tokens through both, first as one prompt, then token by token over
 the cache.
 
 Both sides multiply exactly; they differ in float32 rounding between the products. Such a difference
@@ -117,13 +117,13 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def check_exact_weights(checkpoint: Checkpoint, directory: Path) -> int:
-    """Compare every quantized weight of the ONNX file with the checkpoint, integer by integer.
+    """Compare every quantized weight of the ONNX file with the checkpoint, number by number.
 
     Returns:
         The number of linears compared.
 
     Raises:
-        ParityError: An integer differs, or a linear is missing from the graph.
+        ParityError: An integer or a scale differs, or a linear is missing from the graph.
     """
     initializers = ir.load(directory / GRAPH_NAME).graph.initializers
     names = checkpoint.names
@@ -132,16 +132,20 @@ def check_exact_weights(checkpoint: Checkpoint, directory: Path) -> int:
     compared = 0
     for fqns in [*packed, *alone]:
         linears = [checkpoint.linear(fqn) for fqn in fqns]
-        key = f"{graph_name(fqns, names.head)}.weight"
+        key = f"{graph_name(fqns)}.weight"
         if linears[0].activation is None or key not in initializers:
             continue
-        tensor = initializers[key].const_value
-        assert tensor is not None
-        found = _stored_integers(tensor, linears)
+        found = _stored_integers(_content(initializers[key]), linears)
         expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
-        if found.shape != expected.shape or not np.array_equal(found, expected):
+        if not np.array_equal(found, expected):
             raise ParityError(
                 f"{key}: the exported integers are not the checkpoint's; nothing was written"
+            )
+        scales = _content(initializers[f"{key}_scale"]).numpy()
+        expected = np.concatenate([checkpoint.array(f"{fqn}.weight_scale") for fqn in fqns])
+        if not np.array_equal(scales, expected):
+            raise ParityError(
+                f"{key}_scale: the exported scales are not the checkpoint's; nothing was written"
             )
         compared += len(linears)
     quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
@@ -152,11 +156,14 @@ def check_exact_weights(checkpoint: Checkpoint, directory: Path) -> int:
     return compared
 
 
-def graph_name(fqns: tuple[str, ...], head: str) -> str:
+def graph_name(fqns: tuple[str, ...]) -> str:
     """Return the name under which linears that share an input stand in the graph."""
-    if len(fqns) > 1:
-        return f"{fqns[0].rpartition('.')[0]}.qkv"
-    return "lm_head" if fqns == (head,) else fqns[0]
+    return f"{fqns[0].rpartition('.')[0]}.qkv" if len(fqns) > 1 else fqns[0]
+
+
+def _content(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
 
 
 def _stored_integers(tensor: ir.TensorProtocol, linears: list[StoredLinear]) -> np.ndarray:
