@@ -114,14 +114,14 @@ def finetune_command(
     ] = 4,
     rank: Annotated[int, typer.Option(help="Rank r of the update.")] = 16,
     alpha: Annotated[
-        float | None, typer.Option(help="The update is scaled by alpha / rank. [default: rank]")
+        float | None, typer.Option(help="The update is scaled by alpha / rank. Default: rank.")
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout on the input of the adapters.")] = 0.0,
     targets: Annotated[
         str, typer.Option(help="Adapted linears: a list of q,k,v,o,gate,up,down, or all.")
     ] = "q,v",
     validation: Annotated[
-        str | None, typer.Option(help="Validation rows. [default: a share of the training rows]")
+        str | None, typer.Option(help="Validation rows. Default: a share of the training rows.")
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; overrides --epochs.")
@@ -231,7 +231,7 @@ def merge_rotate_quantize_command(
     rotate: Annotated[
         str | None,
         typer.Option(
-            help="A list of r1,r2,r4, or none. [default: the adapter's own, else r1,r2,r4]"
+            help="A list of r1,r2,r4, or none. Default: the adapter's own, else r1,r2,r4."
         ),
     ] = None,
     rotation_kind: Annotated[
@@ -244,7 +244,7 @@ def merge_rotate_quantize_command(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Input columns that share a weight scale; needs A8. [default: whole channels]"
+            help="Input columns that share a weight scale; needs A8. Default: whole channels."
         ),
     ] = None,
     clip_search: Annotated[
@@ -253,14 +253,14 @@ def merge_rotate_quantize_command(
     activation_clip: Annotated[
         float | None,
         typer.Option(
-            help="Part of a token's range that its scale covers. [default: 1, or 0.9 below 6 bits]"
+            help="Part of a token's range that its scale covers. Default: 1, or 0.9 below 6 bits."
         ),
     ] = None,
     static: Annotated[
         bool | None,
         typer.Option(
             "--static/--dynamic",
-            help="Calibrated scales after norms. [default: static if R1 is used]",
+            help="Calibrated scales after norms. Default: static if R1 is used.",
         ),
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
@@ -268,7 +268,7 @@ def merge_rotate_quantize_command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: JSONL(.gz) or text file, or hub id. [default: a sample of ours]"
+            help="Calibration text: JSONL(.gz) or text file, or hub id. Default: a sample of ours."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -412,7 +412,7 @@ def run_command(
 def evaluate_command(
     model: Annotated[str, typer.Option(help=f"An export, a checkpoint, or: {MODEL_HELP}")],
     data: Annotated[
-        str | None, typer.Option(help="Text, as for --calibration. [default: a sample of ours]")
+        str | None, typer.Option(help="Text, as for --calibration. Default: a sample of ours.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
     tasks: Annotated[str, typer.Option(help="A list of ppl, kl.")] = "ppl",
