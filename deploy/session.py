@@ -113,13 +113,18 @@ class OnnxDecoder:
             Logits, float32 [B, T, vocab_size].
 
         Raises:
-            ConfigError: The cache has no room for them.
+            ConfigError: The cache has no room for them, or several sequences would go on by more
+                than a token each, which ONNX Runtime cannot do.
         """
         batch, count = ids.shape
         if batch != self._batch or self._length + count > self._capacity:
             raise ConfigError(
                 f"cache: room for {self._batch} sequences of {self._capacity} tokens, "
                 f"asked for {batch} of {self._length + count}"
+            )
+        if self._length and batch > 1 and count > 1:
+            raise ConfigError(
+                f"{batch} sequences can go on by one token at a time, asked for {count}"
             )
         self._length += count
         binding = self._session.io_binding()

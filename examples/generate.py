@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 directory, question = Path(sys.argv[1]), sys.argv[2]
 config = json.loads((directory / "genai_config.json").read_text())["model"]
-decoder, room = config["decoder"], 512
+decoder, room = config["decoder"], min(512, config["context_length"])
 tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 session = ort.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
 
@@ -32,10 +32,8 @@ while length + step.shape[1] < room:
     binding = session.io_binding()
     binding.bind_cpu_input("input_ids", step)
     binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))
-    for (
-        name,
-        buffer,
-    ) in cache.items():  # past and present share a buffer: attention appends in place
+    # Past and present share a buffer: attention appends in place.
+    for name, buffer in cache.items():
         binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
         binding.bind_ortvalue_output(f"present.{name}", buffer)
     binding.bind_output("logits")

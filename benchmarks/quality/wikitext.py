@@ -48,16 +48,17 @@ class Case:
 
 CASES = (
     Case("fp32-rotated", "FP32"),
-    Case("w8a8-plain", "W8A8", rotate="none"),
-    Case("w8a8", "W8A8"),
-    Case("w6a6", "W6A6"),
+    Case("w8a8-gptq", "W8A8", weights="gptq"),
+    Case("w4a8-gptq", "W4A8", weights="gptq"),
+    Case("w4a4-gptq", "W4A4", weights="gptq"),
+    Case("w8a8-plain-gptq", "W8A8", rotate="none", weights="gptq"),
+    Case("w4a4-plain-gptq", "W4A4", rotate="none", weights="gptq"),
+    Case("w8a8-rtn", "W8A8"),
+    Case("w4a8-rtn", "W4A8"),
     Case("w4a8-rtn-g32", "W4A8", group_size=32),
     Case("w4a8-gptq-g32", "W4A8", weights="gptq", group_size=32),
-    Case("w4a8-rtn", "W4A8"),
-    Case("w4a8-gptq", "W4A8", weights="gptq"),
-    Case("w4a4-plain", "W4A4", rotate="none"),
     Case("w4a4-rtn", "W4A4"),
-    Case("w4a4-gptq", "W4A4", weights="gptq"),
+    Case("w6a6-gptq", "W6A6", weights="gptq"),
 )
 
 

@@ -1,0 +1,60 @@
+"""Tiny models taken through the real stages, small enough for ONNX Runtime's own limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploy.export import ExportReport, Target, export_onnx
+from deploy.merge_rotate_quantize import (
+    CheckpointSettings,
+    choose_recipe,
+    merge_rotate_quantize,
+    parse_rotation,
+)
+from reslora.merge import MergeMethod
+from rolora.rotation import RotationKind
+from tests.conftest import build_tiny_model, build_tiny_tokenizer
+
+HEAD_DIM = 16
+"""The least head size of ONNX Runtime's rotary embedding."""
+
+
+def save_model(directory: Path, model_type: str = "llama", **options: Any) -> Path:
+    """Save a tiny model with its tokenizer, as a user has them."""
+    model = build_tiny_model(
+        model_type, **{"head_dim": HEAD_DIM, "num_hidden_layers": 2} | options
+    )
+    model.save_pretrained(directory)
+    build_tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_checkpoint(
+    model: Path,
+    output: Path,
+    scheme: str,
+    *,
+    rotate: str | None = None,
+    adapter: Path | None = None,
+    **recipe: Any,
+) -> Path:
+    """Run merge-rotate-quantize with little calibration."""
+    rotation = parse_rotation(rotate, RotationKind.HADAMARD, 0)
+    settings = CheckpointSettings(
+        model=str(model),
+        adapter=adapter,
+        merge=MergeMethod.EXACT,
+        rotation=rotation,
+        recipe=choose_recipe(scheme, rotation=rotation, **recipe),
+        calibration=None,
+        calibration_windows=1,
+        calibration_tokens=64,
+    )
+    merge_rotate_quantize(settings, output)
+    return output
+
+
+def make_export(checkpoint: Path, output: Path) -> ExportReport:
+    """Run export."""
+    return export_onnx(checkpoint, output, Target.CPU)
