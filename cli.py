@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deploy.errors import ConfigError, RoloraError
@@ -310,8 +311,14 @@ def merge_rotate_quantize_command(
             {"stage": "merge-rotate-quantize", "output": str(output), **settings.to_config()}
         )
         return
-    with stderr.status("starting") as status:
-        report = merge_rotate_quantize(settings, output, lambda step: status.update(step))
+    with _layer_bar() as bar:
+        task = bar.add_task("starting", total=None)
+        report = merge_rotate_quantize(
+            settings,
+            output,
+            lambda step: bar.update(task, description=step),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
     _finish(
         report.to_dict(),
         as_json,
@@ -537,6 +544,18 @@ class _bad_values:
     ) -> None:
         if isinstance(error, ValueError):
             raise ConfigError(str(error)) from error
+
+
+def _layer_bar() -> Progress:
+    """Return a bar for work that goes layer by layer."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    )
 
 
 def _log_step(line: str) -> None:

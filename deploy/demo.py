@@ -122,7 +122,7 @@ def run_demo(
             output / variant.directory / "onnx",
         )
         merge_rotate_quantize(
-            _checkpoint_settings(settings, adapter, variant), checkpoint, _steps_only(progress)
+            _checkpoint_settings(settings, adapter, variant), checkpoint, progress
         )
         export_onnx(checkpoint, export, Target.CPU, progress)
         exports.append((variant, export))
@@ -194,8 +194,3 @@ def _measure(
         prefill_tokens_per_s=speed.prefill_tokens_per_s,
         decode_tokens_per_s=speed.decode_tokens_per_s,
     )
-
-
-def _steps_only(progress: Callable[[str], None]) -> Callable[[str], None]:
-    """Pass on the lines of steps, not the names of layers."""
-    return lambda line: progress(line) if " " in line else None

@@ -9,6 +9,7 @@ function.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,14 +184,18 @@ class CheckpointReport:
 
 
 def merge_rotate_quantize(
-    settings: CheckpointSettings, output: Path, progress: Callable[[str], None] = lambda step: None
+    settings: CheckpointSettings,
+    output: Path,
+    progress: Callable[[str], None] = lambda step: None,
+    layer_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CheckpointReport:
     """Run the stage.
 
     Args:
         settings: What to do.
         output: The checkpoint directory to make.
-        progress: Called with a line for each step and with the FQN of each quantized layer.
+        progress: Called with a line for each step.
+        layer_progress: Called with the numbers of quantized layers and of all.
 
     Raises:
         ConfigError: The output exists, or options contradict each other or the adapter.
@@ -212,7 +217,8 @@ def merge_rotate_quantize(
     with new_artifact(output) as directory:
         with torch.no_grad():
             merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings.merge, progress)
-        errors = _quantize(loaded, names, settings, progress)
+        progress("quantizing")
+        errors = _quantize(loaded, names, settings, layer_progress)
         progress("writing the checkpoint")
         details: dict[str, Any] = {
             "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
@@ -312,11 +318,16 @@ def _quantize(
     loaded: LoadedModel,
     names: DecoderNames,
     settings: CheckpointSettings,
-    progress: Callable[[str], None],
+    layer_progress: Callable[[int, int], None],
 ) -> list[LayerError]:
     if settings.recipe is None:
         return []
-    progress("calibrating")
+    total = len(plan_layers(names, settings.recipe))
+    done = itertools.count(1)
+
+    def count(_fqn: str) -> None:
+        layer_progress(next(done), total)
+
     batches = calibration_batches(
         loaded.tokenizer,
         settings.calibration,
@@ -324,6 +335,6 @@ def _quantize(
         tokens=settings.calibration_tokens,
     )
     try:
-        return quantize_decoder(loaded.model, names, settings.recipe, batches, progress)
+        return quantize_decoder(loaded.model, names, settings.recipe, batches, count)
     except ValueError as error:
         raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error

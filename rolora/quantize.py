@@ -84,7 +84,7 @@ def quantize_decoder(
         names: Its parts.
         recipe: Bit widths and granularities.
         calibration: Forward-pass batches; used if an input is quantized per tensor, and by GPTQ.
-        progress: Called with the FQN of each finished layer.
+        progress: Called with the FQN of each finished linear.
 
     Returns:
         The rounding error of each layer.
@@ -107,7 +107,6 @@ def quantize_decoder(
         except ValueError as error:
             raise ValueError(f"{names.embedding}: {error}") from error
         _replace(model, names.embedding, QuantizedEmbedding(q, scale))
-        progress(names.embedding)
     use_gptq = recipe.weights is WeightMethod.GPTQ
     stream = BlockStream(model, names, batches) if use_gptq else None
     by_fqn = {plan.fqn: plan for plan in plans}
