@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.bench import BenchReport, BenchRun, BenchSettings, bench_onnx, measure_run
+from deploy.errors import ConfigError, StageOrderError
+from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+
+
+class FakeDecoder:
+    vocab_size = 11
+
+    def __init__(self) -> None:
+        self.calls: list[np.ndarray] = []
+        self.capacity = 0
+
+    def start(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    def append(self, ids: np.ndarray) -> None:
+        self.calls.append(ids)
+
+
+def test_a_run_is_one_prompt_and_its_tokens_one_by_one_and_always_the_same() -> None:
+    first, second = FakeDecoder(), FakeDecoder()
+    for decoder in (first, second):
+        run = measure_run(decoder, BenchSettings(prompt_tokens=7, new_tokens=3))  # type: ignore[arg-type]
+        assert run.prefill_s >= 0.0
+        assert decoder.capacity == 10
+        assert [call.shape for call in decoder.calls] == [(1, 7), (1, 1), (1, 1), (1, 1)]
+    for a, b in zip(first.calls, second.calls, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.max() < 11
+
+
+def test_figures_are_medians() -> None:
+    runs = (BenchRun(1.0, 2.0), BenchRun(4.0, 8.0), BenchRun(100.0, 100.0))
+    settings = BenchSettings(prompt_tokens=20, new_tokens=40, runs=3)
+    report = BenchReport("m", settings, 0.5, runs, 10, 20)
+    assert report.prefill_tokens_per_s == 5.0
+    assert report.decode_tokens_per_s == 5.0
+    assert report.to_dict()["time_to_first_token_s"] == 4.0
+    assert report.to_dict()["runs"][2] == {"prefill_s": 100.0, "decode_s": 100.0}
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "runs"])
+def test_counts_below_one_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match="every count must be at least 1"):
+        BenchSettings(**{field: 0})
+
+
+def test_threads_below_one_are_refused() -> None:
+    for threads in (0, -1):
+        with pytest.raises(ConfigError, match="at least 1"):
+            BenchSettings(threads=threads)
+
+
+def test_an_export_is_measured_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(save_model(tmp_path / "m"), tmp_path / "c", "FP32")
+    export = make_export(checkpoint, tmp_path / "onnx")
+    done: list[int] = []
+    report = bench_onnx(tmp_path / "onnx", BenchSettings(16, 4, 2, threads=1), done.append)
+    assert done == [0, 1, 2]
+    assert len(report.runs) == 2
+    assert report.file_bytes == export.to_dict()["file_bytes"]
+    assert min(report.prefill_tokens_per_s, report.decode_tokens_per_s, report.load_s) > 0
+    with pytest.raises(ConfigError, match="context length of 128"):
+        bench_onnx(tmp_path / "onnx", BenchSettings(128, 1, 1))
+    with pytest.raises(StageOrderError, match="expected an artifact of kind onnx"):
+        bench_onnx(checkpoint, BenchSettings())

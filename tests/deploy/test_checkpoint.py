@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from deploy.architecture import decoder_names
+from deploy.artifact import MANIFEST_NAME
+from deploy.checkpoint import WEIGHTS_NAME, Checkpoint, formats_to_details, weights_bytes
+from deploy.errors import ArtifactError, ConfigError, StageOrderError
+from deploy.loading import load_model
+from deploy.merge_rotate_quantize import choose_recipe
+from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.quantize import plan_layers
+from rolora.scheme import Granularity
+from tests.deploy.tiny_artifacts import make_checkpoint, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "tiny", "qwen2", tied=True)
+
+
+@pytest.fixture(scope="module")
+def four_bits(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(model, tmp_path_factory.mktemp("c") / "w4a4", "W4A4", weights="rtn")
+
+
+@pytest.fixture(scope="module")
+def grouped(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("c") / "w4a8"
+    return make_checkpoint(
+        model, output, "W4A8", weights="rtn", group_size=16, embedding_bits=32, head_bits=32
+    )
+
+
+def edit_details(source: Path, copy: Path, fqn: str, change: dict[str, Any]) -> Path:
+    shutil.copytree(source, copy)
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    record = manifest["details"]["linears"][fqn]
+    manifest["details"]["linears"][fqn] = {
+        key: value for key, value in (record | change).items() if value != "absent"
+    }
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return copy
+
+
+def test_four_bit_weights_lie_packed_and_are_read_as_integers(four_bits: Path) -> None:
+    fqn = "model.layers.1.mlp.down_proj"
+    with Checkpoint(four_bits) as checkpoint:
+        linear = checkpoint.linear(fqn)
+        assert (linear.out_features, linear.in_features) == (32, 48)
+        assert checkpoint.array(f"{fqn}.weight").shape == checkpoint.shape(f"{fqn}.weight")
+        assert checkpoint.shape(f"{fqn}.weight") == (32, 24)
+        assert checkpoint.array(f"{fqn}.weight").dtype == np.uint8
+        integers = checkpoint.integers(linear)
+        assert (integers.shape, integers.dtype) == ((32, 48), np.int8)
+        assert (integers.min(), integers.max()) >= (-8, 7)
+        head = checkpoint.linear("lm_head")
+        assert head.weight.bits == 8
+        assert checkpoint.integers(head).shape == (262, 32)
+
+
+def test_the_rebuilt_model_has_the_modules_of_the_manifest(four_bits: Path, grouped: Path) -> None:
+    with Checkpoint(four_bits) as checkpoint:
+        model = checkpoint.load_model()
+    query = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(query, QuantizedLinear)
+    assert query.bias is not None
+    assert query.activation.granularity is Granularity.TENSOR
+    down = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(down, QuantizedLinear)
+    assert down.activation.granularity is Granularity.TOKEN
+    assert down.activation.clip_ratio == 0.9
+    assert len(down._forward_pre_hooks) == 1, "R4"
+    assert isinstance(model.get_submodule("model.embed_tokens"), QuantizedEmbedding)
+    with Checkpoint(grouped) as checkpoint:
+        model = checkpoint.load_model()
+        assert not checkpoint.has("model.embed_tokens.weight_scale")
+        assert checkpoint.linear("lm_head").activation is None
+    assert isinstance(model.get_submodule("lm_head"), torch.nn.Linear)
+    gate = model.get_submodule("model.layers.0.mlp.gate_proj")
+    assert isinstance(gate, QuantizedLinear)
+    assert gate.activation.group_size == gate.weight_spec.group_size == 16
+
+
+def test_a_float_checkpoint_computes_what_the_model_does(model: Path, tmp_path: Path) -> None:
+    ids = torch.arange(20, 60)[None]
+    with torch.inference_mode():
+        expected = load_model(model).model(input_ids=ids).logits
+        for rotate in ("none", "r1,r2,r4"):
+            output = make_checkpoint(model, tmp_path / rotate, "FP32", rotate=rotate)
+            with Checkpoint(output) as checkpoint:
+                assert (checkpoint.online_factors() is None) == (rotate == "none")
+                rebuilt = checkpoint.load_model()
+            found = rebuilt(input_ids=ids).logits
+            assert float((found - expected).norm() / expected.norm()) < 1e-5
+            if rotate != "none":
+                for hooked in rebuilt.modules():
+                    hooked._forward_pre_hooks.clear()
+                without = rebuilt(input_ids=ids).logits
+                assert float((without - expected).norm() / expected.norm()) > 1e-3
+
+
+def test_formats_survive_the_manifest(model: Path, grouped: Path) -> None:
+    names = decoder_names(load_model(model).model.config)
+    recipe = choose_recipe(
+        "W4A8", rotation=None, weights="rtn", group_size=16, embedding_bits=32, head_bits=32
+    )
+    assert recipe is not None
+    plans = plan_layers(names, recipe)
+    with Checkpoint(grouped) as checkpoint:
+        assert checkpoint.manifest.details["linears"] == formats_to_details(plans)
+        for plan in plans:
+            linear = checkpoint.linear(plan.fqn)
+            assert (linear.weight, linear.activation) == (plan.weight, plan.activation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_bits": "absent"},
+        {"activation_granularity": "per moon"},
+        {"activation_granularity": None},
+    ],
+)
+def test_a_format_that_cannot_be_read_names_the_linear(
+    four_bits: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    fqn = "model.layers.0.mlp.up_proj"
+    copy = edit_details(four_bits, tmp_path / "copy", fqn, change)
+    with pytest.raises(ArtifactError, match=f"format of {fqn} is unreadable"):
+        Checkpoint(copy)
+
+
+def test_changed_bytes_are_refused(four_bits: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(four_bits, tmp_path / "copy")
+    content = bytearray((copy / WEIGHTS_NAME).read_bytes())
+    content[-1] ^= 1
+    (copy / WEIGHTS_NAME).write_bytes(content)
+    with pytest.raises(ArtifactError, match="model.safetensors: expected sha256"):
+        Checkpoint(copy)
+    (copy / WEIGHTS_NAME).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match=r"model.safetensors: .*write the checkpoint again"):
+        Checkpoint(copy, verify=False)
+
+
+def test_a_missing_tensor_is_named(four_bits: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(four_bits, tmp_path / "copy")
+    tensors = load_file(copy / WEIGHTS_NAME)
+    missing = "model.layers.1.self_attn.o_proj.weight_scale"
+    del tensors[missing]
+    save_file(tensors, copy / WEIGHTS_NAME)
+    with (
+        Checkpoint(copy, verify=False) as checkpoint,
+        pytest.raises(ArtifactError, match=f"tensor '{missing}' is missing"),
+    ):
+        checkpoint.load_model()
+    with (
+        Checkpoint(copy, verify=False) as checkpoint,
+        pytest.raises(ArtifactError, match="'nonsense' is missing"),
+    ):
+        checkpoint.shape("nonsense")
+
+
+def test_what_is_no_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such directory"):
+        Checkpoint(tmp_path / "absent")
+    with pytest.raises(StageOrderError, match="merge-rotate-quantize"):
+        Checkpoint(model)
+
+
+def test_expected_size_covers_the_file(four_bits: Path) -> None:
+    with Checkpoint(four_bits) as checkpoint:
+        expected = weights_bytes(checkpoint.load_model())
+    header = 16384
+    assert (four_bits / WEIGHTS_NAME).stat().st_size < expected + header

@@ -1,0 +1,172 @@
+"""The float graph against transformers' own model: what holds here holds for every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from deploy.checkpoint import Checkpoint
+from deploy.decoder_graph import DecoderGraph, rotary_tables
+from deploy.errors import UnsupportedModelError
+from deploy.parity import relative_error
+from deploy.session import GRAPH_NAME, OnnxDecoder
+from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "llama": ("llama", "none", {"attention_bias": True, "mlp_bias": True}),
+    "llama rotated, tied": ("llama", None, {"tied": True}),
+    "llama rotated, llama3 rope": ("llama", None, {"rope_parameters": LLAMA3_ROPE}),
+    "llama, many heads": ("llama", "r1", {"num_key_value_heads": 4}),
+    "mistral, full": ("mistral", "none", {"sliding_window": None}),
+    "mistral rotated, window": ("mistral", None, {"sliding_window": 16}),
+    "qwen2": ("qwen2", "none", {}),
+    "qwen2 rotated, tied, upper window": (
+        "qwen2",
+        None,
+        {
+            "tied": True,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("qwen3", "none", {"tied": True}),
+    "qwen3 rotated": ("qwen3", "r1,r2,r4", {}),
+}
+BOUND = 1e-4
+TOKENS = 40
+
+
+class Case:
+    """One model as transformers runs it, its FP32 checkpoint and its export."""
+
+    def __init__(self, base: Path, model_type: str, rotate: str | None, options: Any) -> None:
+        source = save_model(base / "model", model_type, **options)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source).eval()
+        self.checkpoint = make_checkpoint(source, base / "checkpoint", "FP32", rotate=rotate)
+        self.export = base / "onnx"
+        self.report = make_export(self.checkpoint, self.export)
+        self.ids = np.random.default_rng(0).integers(6, 262, (2, TOKENS))
+
+    def expected(self, ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            logits: np.ndarray = self.model(input_ids=torch.from_numpy(ids)).logits.numpy()
+        return logits
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    yield Case(tmp_path_factory.mktemp("case"), *CASES[request.param])
+
+
+def test_logits_of_a_batch_equal_transformers_own_at_prefill_and_over_the_cache(case: Case) -> None:
+    expected = case.expected(case.ids)
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        decoder.start(capacity=TOKENS, batch=2)
+        found = [decoder.append(case.ids[:, :30])]
+        found += [decoder.append(case.ids[:, i : i + 1]) for i in range(30, TOKENS)]
+        decoder.start(capacity=TOKENS)
+        alone = np.concatenate(
+            [decoder.append(case.ids[1:, :30])[0], decoder.append(case.ids[1:, 30:])[0]]
+        )
+    logits = np.concatenate(found, axis=1)
+    for row in range(2):
+        assert relative_error(logits[row, :30], expected[row, :30]) < BOUND
+        assert relative_error(logits[row, 30:], expected[row, 30:]) < BOUND
+    assert relative_error(alone, expected[1]) < BOUND
+
+
+def test_a_token_changes_only_what_follows_it(case: Case) -> None:
+    other = case.ids[0].copy()
+    other[20] = 6 + (other[20] - 5) % 256
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        a, b = decoder.logits(case.ids[0]), decoder.logits(other)
+    np.testing.assert_array_equal(a[:20], b[:20])
+    assert relative_error(b[20:], a[20:]) > 10 * BOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama rotated, llama3 rope", {"rope_parameters": {"rope_theta": 1e4}}),
+        ("mistral rotated, window", {"sliding_window": 15}),
+        ("mistral rotated, window", {"sliding_window": 17}),
+        ("qwen3", {"rms_norm_eps": 1e-3}),
+    ],
+)
+def test_another_configuration_lies_outside_the_bound(
+    name: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    case = Case(tmp_path, *CASES[name])
+    with Checkpoint(case.checkpoint) as checkpoint:
+        for key, value in change.items():
+            setattr(checkpoint.config, key, value)
+        ir.save(DecoderGraph(checkpoint).build(), case.export / GRAPH_NAME)
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        found = decoder.logits(case.ids[0])
+    assert relative_error(found, case.expected(case.ids[:1])[0]) > BOUND
+
+
+def test_the_graph_is_lean(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", None, {"num_hidden_layers": 3})
+    operators = case.report.to_dict()["operators"]
+    assert operators["GroupQueryAttention"] == 3
+    assert operators["SkipSimplifiedLayerNormalization"] == 2 * 3
+    assert operators["SimplifiedLayerNormalization"] == 1
+    # packed qkv, output, gate, up, down, and two for R4; the head
+    assert operators["MatMul"] == 3 * 7 + 1
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        LLAMA3_ROPE,
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=128, rope_parameters=rope
+    )
+    cos, sin = rotary_tables(config, 16)
+    assert cos.shape == sin.shape == (128, 8)
+    assert cos.dtype == np.float32
+    expected = LlamaRotaryEmbedding(config=config)(torch.zeros(1), torch.arange(128)[None])
+    for found, reference in zip((cos, sin), expected, strict=True):
+        np.testing.assert_allclose(found, reference[0, :, :8].numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_head_size_that_attention_cannot_run_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    source = save_model(tmp_path / "model", head_dim=8)
+    checkpoint = make_checkpoint(source, tmp_path / "checkpoint", "FP32")
+    with pytest.raises(UnsupportedModelError, match="head_dim is 8.*multiple of 16"):
+        make_export(checkpoint, tmp_path / "onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.errors import ArtifactError, ConfigError
+from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME, OnnxDecoder
+from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+
+IDS = np.arange(30, 70)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("session")
+    checkpoint = make_checkpoint(save_model(base / "m"), base / "c", "W8A8", weights="rtn")
+    make_export(checkpoint, base / "onnx")
+    return base / "onnx"
+
+
+def test_steps_over_the_cache_equal_the_whole_window(export: Path) -> None:
+    with OnnxDecoder(export, threads=1) as decoder:
+        assert (decoder.context_length, decoder.vocab_size) == (128, 262)
+        whole = decoder.logits(IDS)
+        assert whole.shape == (40, 262)
+        decoder.start(capacity=64)
+        parts = [decoder.append(IDS[None, :17])[0]]
+        parts += [decoder.append(IDS[None, i : i + 1])[0] for i in range(17, 36)]
+        parts.append(decoder.append(IDS[None, 36:])[0])  # several tokens over a cache
+        np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=1e-4)
+
+
+def test_a_restart_forgets_what_was_in_the_cache(export: Path) -> None:
+    with OnnxDecoder(export, threads=1) as decoder:
+        decoder.start(capacity=40)
+        first = decoder.append(IDS[None])
+        decoder.start(capacity=40)
+        decoder.append(IDS[None, ::-1])
+        decoder.start(capacity=40)
+        np.testing.assert_array_equal(decoder.append(IDS[None]), first)
+
+
+def test_what_does_not_fit_is_refused(export: Path) -> None:
+    with OnnxDecoder(export, threads=1) as decoder:
+        with pytest.raises(ConfigError, match="129 tokens do not fit the context length of 128"):
+            decoder.start(capacity=129)
+        decoder.start(capacity=4)
+        decoder.append(IDS[None, :3])
+        with pytest.raises(ConfigError, match="room for 1 sequences of 4 tokens, asked for 1 of 5"):
+            decoder.append(IDS[None, :2])
+        with pytest.raises(ConfigError, match="asked for 2 of"):
+            decoder.append(np.stack([IDS[:1], IDS[:1]]))
+        assert decoder.append(IDS[None, :1]).shape == (1, 1, 262)
+        decoder.start(capacity=8, batch=2)
+        decoder.append(np.stack([IDS[:3], IDS[3:6]]))
+        with pytest.raises(ConfigError, match="2 sequences can go on by one token at a time"):
+            decoder.append(np.stack([IDS[:2], IDS[:2]]))
+
+
+def test_damaged_files_are_named(export: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(export, tmp_path / "copy")
+    (copy / GRAPH_NAME).write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match="model.onnx: ONNX Runtime cannot load it"):
+        OnnxDecoder(copy)
+    shutil.copyfile(export / GRAPH_NAME, copy / GRAPH_NAME)
+    (copy / f"{GRAPH_NAME}.data").unlink()
+    with pytest.raises(ArtifactError, match="model.onnx: ONNX Runtime cannot load it"):
+        OnnxDecoder(copy)
+    for content in ("{", "{}", json.dumps({"model": {"decoder": {}}})):
+        (copy / GENAI_CONFIG_NAME).write_text(content)
+        with pytest.raises(ArtifactError, match=r"genai_config.json: not readable.*export again"):
+            OnnxDecoder(copy)
+    (copy / GENAI_CONFIG_NAME).unlink()
+    with pytest.raises(ArtifactError, match="genai_config.json"):
+        OnnxDecoder(copy)
+
+
+def test_the_example_script_answers_without_torch(export: Path) -> None:
+    root = Path(__file__).parents[2]
+    blocked = "import sys; sys.modules.update(torch=None, transformers=None); import runpy; "
+    script = f"sys.argv = ['generate.py', {str(export)!r}, 'hello']; " + (
+        f"runpy.run_path({str(root / 'examples' / 'generate.py')!r}, run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", blocked + script], capture_output=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout.strip()
