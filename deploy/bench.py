@@ -36,7 +36,8 @@ class BenchSettings:
         Raises:
             ConfigError: A count is below 1.
         """
-        if min(self.prompt_tokens, self.new_tokens, self.runs, self.threads or 1) < 1:
+        threads = 1 if self.threads is None else self.threads
+        if min(self.prompt_tokens, self.new_tokens, self.runs, threads) < 1:
             raise ConfigError(f"bench: every count must be at least 1, got {asdict(self)}")
 
 

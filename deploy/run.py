@@ -6,6 +6,7 @@ This module needs onnxruntime-genai only, no torch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Sampling:
         """
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0.0 or not 0.0 < self.top_p <= 1.0:
+        if not 0.0 <= self.temperature < math.inf or not 0.0 < self.top_p <= 1.0:
             raise ConfigError(
                 f"--temperature must not be negative and --top-p must lie in (0, 1]; got "
                 f"{self.temperature}, {self.top_p}"
