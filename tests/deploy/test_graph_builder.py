@@ -45,7 +45,9 @@ def test_lazy_weights_are_read_while_the_model_is_saved_and_the_graph_runs(tmp_p
     assert not reads
     ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=1024)
     assert reads
-    assert (tmp_path / "m.data").stat().st_size >= weight.nbytes > (tmp_path / "m.onnx").stat().st_size
+    assert (
+        (tmp_path / "m.data").stat().st_size >= weight.nbytes > (tmp_path / "m.onnx").stat().st_size
+    )
     session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     given = np.eye(3, 64, dtype=np.float32)
     np.testing.assert_array_equal(session.run(["y"], {"x": given})[0], given @ weight + 0.5)

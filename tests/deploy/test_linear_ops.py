@@ -186,9 +186,7 @@ def test_token_integers_and_scales_equal_the_reference(bits: int, clip_ratio: fl
 
 @settings(max_examples=40)
 @given(
-    st.lists(
-        st.floats(-(2.0**60), 2.0**60, width=32, allow_nan=False), min_size=4, max_size=4
-    ),
+    st.lists(st.floats(-(2.0**60), 2.0**60, width=32, allow_nan=False), min_size=4, max_size=4),
     st.sampled_from([4, 6, 8]),
     st.sampled_from([1.0, 0.9]),
 )

@@ -22,9 +22,7 @@ HEAD_DIM = 16
 
 def save_model(directory: Path, model_type: str = "llama", **options: Any) -> Path:
     """Save a tiny model with its tokenizer, as a user has them."""
-    model = build_tiny_model(
-        model_type, **{"head_dim": HEAD_DIM, "num_hidden_layers": 2} | options
-    )
+    model = build_tiny_model(model_type, **{"head_dim": HEAD_DIM, "num_hidden_layers": 2} | options)
     model.save_pretrained(directory)
     build_tiny_tokenizer().save_pretrained(directory)
     return directory
