@@ -1,8 +1,8 @@
 """Does the exported graph compute what the torch model with the same integers computes?
 
 Two checks. Exactness: every quantized weight in the ONNX file is, integer by integer and scale by
-scale, the checkpoint's. Parity: the same tokens through both, first as one prompt, then token by token over
-the cache.
+scale, the checkpoint's. Parity: the same tokens through both, first as one prompt, then token by
+token over the cache.
 
 Both sides multiply exactly; they differ in float32 rounding between the products. Such a difference
 (about 1e-6) moves a value across a rounding boundary now and then, and that one integer step

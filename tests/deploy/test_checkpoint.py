@@ -144,7 +144,7 @@ def test_changed_bytes_are_refused(four_bits: Path, tmp_path: Path) -> None:
     content = bytearray((copy / WEIGHTS_NAME).read_bytes())
     content[-1] ^= 1
     (copy / WEIGHTS_NAME).write_bytes(content)
-    with pytest.raises(ArtifactError, match="model.safetensors: expected sha256"):
+    with pytest.raises(ArtifactError, match=r"model.safetensors: expected sha256"):
         Checkpoint(copy)
     (copy / WEIGHTS_NAME).write_bytes(content[: len(content) // 2])
     with pytest.raises(ArtifactError, match=r"model.safetensors: .*write the checkpoint again"):

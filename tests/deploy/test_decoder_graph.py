@@ -74,7 +74,7 @@ class Case:
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
-    yield Case(tmp_path_factory.mktemp("case"), *CASES[request.param])
+    return Case(tmp_path_factory.mktemp("case"), *CASES[request.param])
 
 
 def test_logits_of_a_batch_equal_transformers_own_at_prefill_and_over_the_cache(case: Case) -> None:
@@ -167,6 +167,6 @@ def test_a_head_size_that_attention_cannot_run_is_refused_before_anything_is_wri
 ) -> None:
     source = save_model(tmp_path / "model", head_dim=8)
     checkpoint = make_checkpoint(source, tmp_path / "checkpoint", "FP32")
-    with pytest.raises(UnsupportedModelError, match="head_dim is 8.*multiple of 16"):
+    with pytest.raises(UnsupportedModelError, match=r"head_dim is 8.*multiple of 16"):
         make_export(checkpoint, tmp_path / "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]

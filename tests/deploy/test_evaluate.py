@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ def test_figures_equal_their_definitions() -> None:
     results = evaluate_model(TableModel(q), TableModel(p), WINDOWS, BOTH)
     nll, reference_nll, kl, agree = [], [], [], []
     for ids in WINDOWS.ids:
-        for now, following in zip(ids[:-1], ids[1:], strict=True):
+        for now, following in itertools.pairwise(ids):
             log_p, log_q = log_softmax(p[now]), log_softmax(q[now])
             nll.append(-log_q[following])
             reference_nll.append(-log_p[following])

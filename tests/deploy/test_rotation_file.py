@@ -47,7 +47,9 @@ def test_a_missing_damaged_or_other_rotation_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
 
     def refused() -> None:
-        with pytest.raises(ArtifactError, match="rotation.safetensors: not the rotation") as caught:
+        with pytest.raises(
+            ArtifactError, match=r"rotation.safetensors: not the rotation"
+        ) as caught:
             load_rotation(tmp_path, manifest)
         assert "make the artifact again" in str(caught.value)
 

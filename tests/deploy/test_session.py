@@ -66,18 +66,18 @@ def test_what_does_not_fit_is_refused(export: Path) -> None:
 def test_damaged_files_are_named(export: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(export, tmp_path / "copy")
     (copy / GRAPH_NAME).write_bytes(b"no graph")
-    with pytest.raises(ArtifactError, match="model.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(ArtifactError, match=r"model.onnx: ONNX Runtime cannot load it"):
         OnnxDecoder(copy)
     shutil.copyfile(export / GRAPH_NAME, copy / GRAPH_NAME)
     (copy / f"{GRAPH_NAME}.data").unlink()
-    with pytest.raises(ArtifactError, match="model.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(ArtifactError, match=r"model.onnx: ONNX Runtime cannot load it"):
         OnnxDecoder(copy)
     for content in ("{", "{}", json.dumps({"model": {"decoder": {}}})):
         (copy / GENAI_CONFIG_NAME).write_text(content)
         with pytest.raises(ArtifactError, match=r"genai_config.json: not readable.*export again"):
             OnnxDecoder(copy)
     (copy / GENAI_CONFIG_NAME).unlink()
-    with pytest.raises(ArtifactError, match="genai_config.json"):
+    with pytest.raises(ArtifactError, match=r"genai_config.json"):
         OnnxDecoder(copy)
 
 

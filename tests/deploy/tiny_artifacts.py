@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from deploy.export import ExportReport, Target, export_onnx
+from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.merge_rotate_quantize import (
     CheckpointSettings,
     choose_recipe,
     merge_rotate_quantize,
     parse_rotation,
 )
+from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
+from reslora.settings import TrainSettings
 from rolora.rotation import RotationKind
 from tests.conftest import build_tiny_model, build_tiny_tokenizer
 
@@ -56,3 +60,43 @@ def make_checkpoint(
 def make_export(checkpoint: Path, output: Path) -> ExportReport:
     """Run export."""
     return export_onnx(checkpoint, output, Target.CPU)
+
+
+ROWS = [
+    {"prompt": f"say {word}", "completion": f"{word} it is"}
+    for word in ("red", "green", "blue", "black", "white", "grey")
+]
+
+
+def write_rows(path: Path) -> Path:
+    """Write a few training rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+def finetune_settings(model: Path, data: Path, method: str, **training: Any) -> FinetuneSettings:
+    """Return settings of a training run of two quick steps."""
+    structure = Structure.BLOCK if method == Method.RESLORA else None
+    quick = {
+        "max_steps": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "learning_rate": 5e-2,
+        "warmup_ratio": 0.0,
+        "max_tokens": 48,
+    }
+    return FinetuneSettings(
+        model=str(model),
+        data=str(data),
+        method=Method(method),
+        adapter=AdapterConfig(rank=2, alpha=2.0, structure=structure),
+        targets="all",
+        training=TrainSettings(**quick | training),
+    )
+
+
+def make_adapter(model: Path, output: Path, method: str) -> Path:
+    """Run finetune."""
+    data = write_rows(output.with_name(f"{output.name}.jsonl"))
+    finetune(finetune_settings(model, data, method), output)
+    return output
