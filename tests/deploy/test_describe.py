@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.describe import describe_artifact
+from deploy.errors import ArtifactError, ConfigError, StageOrderError
+from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("describe")
+    model = save_model(base / "model")
+    make_adapter(model, base / "adapter", "reslora")
+    make_checkpoint(model, base / "checkpoint", "W8A8", weights="rtn")
+    make_export(base / "checkpoint", base / "onnx")
+    return base
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adapter", {"kind": "adapter", "steps": "2", "config method": "reslora"}),
+        (
+            "checkpoint",
+            {
+                "kind": "checkpoint",
+                "scheme": "W8A8",
+                "rotation": "R1, R2, R4 (hadamard, seed 0)",
+                "quantized linears": "15",
+            },
+        ),
+        ("onnx", {"kind": "onnx", "scheme": "W8A8", "config target": "cpu"}),
+    ],
+)
+def test_each_kind_shows_what_a_person_looks_for(
+    base: Path, name: str, expected: dict[str, str]
+) -> None:
+    description = describe_artifact(base / name, verify=True)
+    rows = description.summary()
+    shown = dict(rows)
+    assert len(shown) == len(rows)
+    assert expected.items() <= shown.items()
+    assert shown["digest"] == description.manifest.digest
+    sizes = sum(
+        path.stat().st_size
+        for path in (base / name).iterdir()
+        if path.name != "rolora_manifest.json"
+    )
+    assert description.total_bytes == sizes
+    assert json.loads(json.dumps(description.to_dict()))["manifest"]["kind"] == name
+
+
+def test_an_export_shows_its_operators_and_its_parity(base: Path) -> None:
+    shown = dict(describe_artifact(base / "onnx", verify=False).summary())
+    assert "2 GroupQueryAttention" in shown["operators"]
+    assert "prefill_error" in shown["check parity"]
+    assert shown["file model.onnx"].endswith(" bytes")
+
+
+def test_only_verify_reads_the_files(base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (base / "adapter").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    describe_artifact(copy, verify=False)
+    with pytest.raises(ArtifactError, match=r"adapter_model.safetensors: expected"):
+        describe_artifact(copy, verify=True)
+
+
+def test_what_is_no_artifact_is_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match="no such directory"):
+        describe_artifact(base / "absent", verify=False)
+    with pytest.raises(StageOrderError, match="no rolora artifact"):
+        describe_artifact(base / "model", verify=True)

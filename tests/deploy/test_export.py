@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from deploy.artifact import hash_file, read_manifest, verify_files
+from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.errors import ArtifactError, ConfigError, StageOrderError
+from deploy.export import DATA_NAME, parity_tokens
+from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
+from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("export")
+    model = save_model(base / "model", "llama", hidden_size=64, intermediate_size=96)
+    return make_checkpoint(model, base / "w4a4", "W4A4", weights="rtn")
+
+
+def test_weights_lie_beside_the_graph_and_equal_inputs_give_equal_files(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        make_export(checkpoint, tmp_path / name)
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files >= {GRAPH_NAME, DATA_NAME, GENAI_CONFIG_NAME, "tokenizer.json", "config.json"}
+    assert not files & {WEIGHTS_NAME, "rotation.safetensors"}
+    for name in files:
+        assert hash_file(tmp_path / "a" / name) == hash_file(tmp_path / "b" / name), name
+    graph = onnx.load(tmp_path / "a" / GRAPH_NAME, load_external_data=False)
+    outside = {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in graph.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    weights = [f"{tensor}.weight" for tensor in ("model.embed_tokens", "lm_head")]
+    weights += [f"model.layers.1.{part}.weight" for part in ("self_attn.qkv", "mlp.down_proj")]
+    for weight in weights:
+        assert outside[weight]["location"] == DATA_NAME, weight
+    down = int(outside["model.layers.1.mlp.down_proj.weight"]["length"])
+    assert down == 64 * 96 / 2, "four bits a weight"
+    inside = [t for t in graph.graph.initializer if t.name not in outside]
+    assert max(len(tensor.raw_data) for tensor in inside) <= 1024
+
+
+def test_inputs_and_outputs_have_the_names_that_genai_expects(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    make_export(checkpoint, tmp_path / "onnx")
+    graph = onnx.load(tmp_path / "onnx" / GRAPH_NAME, load_external_data=False).graph
+    layers = [f"{i}.{part}" for i in range(2) for part in ("key", "value")]
+    assert [value.name for value in graph.input] == [
+        "input_ids",
+        "attention_mask",
+        *(f"past_key_values.{layer}" for layer in layers),
+    ]
+    assert [value.name for value in graph.output] == [
+        "logits",
+        *(f"present.{layer}" for layer in layers),
+    ]
+    genai = json.loads((tmp_path / "onnx" / GENAI_CONFIG_NAME).read_text())
+    assert genai["model"]["decoder"]["num_hidden_layers"] == 2
+
+
+def test_the_manifest_says_what_was_exported_and_how_well(checkpoint: Path, tmp_path: Path) -> None:
+    report = make_export(checkpoint, tmp_path / "onnx")
+    manifest = verify_files(tmp_path / "onnx")
+    assert manifest.parents == {"checkpoint": read_manifest(checkpoint).digest}
+    assert manifest.details["scheme"] == "W4A4"
+    operators = report.to_dict()["operators"]
+    assert operators["MatMulIntegerToFloat"] == 2 * 5 + 1, "qkv, o, gate, up, down; the head"
+    assert operators["Clip"] == 2 * 4, "below 8 bits; the head has 8"
+    assert list(operators.values()) == sorted(operators.values(), reverse=True)
+    assert report.to_dict()["file_bytes"] == sum(
+        path.stat().st_size
+        for path in (tmp_path / "onnx").iterdir()
+        if path.name != "rolora_manifest.json"
+    )
+    assert report.peak_memory_bytes > 1e7
+
+
+def test_a_finished_export_is_kept_and_another_is_never_overwritten(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    first = make_export(checkpoint, tmp_path / "onnx")
+    graph = tmp_path / "onnx" / GRAPH_NAME
+    written = graph.stat().st_mtime_ns
+    assert make_export(checkpoint, tmp_path / "onnx").manifest == first.manifest
+    assert graph.stat().st_mtime_ns == written
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    manifest = json.loads((other / "rolora_manifest.json").read_text())
+    manifest["config"]["calibration"] = "another"
+    (other / "rolora_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="exists already and was made from other inputs"):
+        make_export(other, tmp_path / "onnx")
+    assert graph.stat().st_mtime_ns == written
+    graph.write_bytes(graph.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model.onnx: expected"):
+        make_export(checkpoint, tmp_path / "onnx")
+
+
+def test_only_checkpoints_are_exported(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageOrderError, match="make one with rolora merge-rotate-quantize"):
+        make_export(checkpoint.parent / "model", tmp_path / "onnx")
+    make_export(checkpoint, tmp_path / "onnx")
+    with pytest.raises(StageOrderError, match="expected an artifact of kind checkpoint"):
+        make_export(tmp_path / "onnx", tmp_path / "again")
+
+
+def test_a_disk_without_room_is_refused_at_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ArtifactError, match=r"disk is full: .* needed, 100 bytes are"):
+        make_export(checkpoint, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_tokens_fit_the_model(checkpoint: Path) -> None:
+    with Checkpoint(checkpoint) as opened:
+        ids = parity_tokens(opened)
+        assert len(ids) == 128
+        assert 0 <= ids.min() <= ids.max() < opened.config.vocab_size
+        opened.config.max_position_embeddings = 20
+        opened.config.vocab_size = 50
+        short = parity_tokens(opened)
+    assert len(short) == 20
+    assert short.max() < 50
