@@ -32,6 +32,8 @@ app = typer.Typer(
     "damaged     artifact, "
     "5 unsupported model, 6 a parity or quality check failed.",
 )
+INTERRUPTED = 130
+"""Exit code that typer turns Ctrl-C into, 128 + SIGINT."""
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
@@ -352,6 +354,7 @@ def export_command(
         _print_json(
             {
                 "stage": "export",
+                "output": str(output),
                 "checkpoint": str(checkpoint),
                 "format": file_format,
                 "target": target,
@@ -604,9 +607,10 @@ def main() -> NoReturn:
     except RoloraError as error:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; nothing half-written is left", markup=False)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            stderr.print("interrupted; nothing half-written is left", markup=False)
+        raise
     sys.exit(0)
 
 
