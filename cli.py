@@ -29,8 +29,7 @@ app = typer.Typer(
     help="Fine-tune a language model with ResLoRA or RoLoRA, quantize weights and activations, "
     "export it to ONNX.\n\n"
     "Exit codes: 0 done, 2 bad usage or configuration, 3 stage out of order, 4 unreadable or "
-    "damaged     artifact, "
-    "5 unsupported model, 6 a parity or quality check failed.",
+    "damaged artifact, 5 unsupported model, 6 a parity or quality check failed.",
 )
 INTERRUPTED = 130
 """Exit code that typer turns Ctrl-C into, 128 + SIGINT."""
