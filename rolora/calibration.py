@@ -7,7 +7,7 @@ histogram of |x| and picks the clipping point c with the least expected squared 
     E(c) = sum over bins below c of n * (c / quant_max)^2 / 12  +  sum over bins above c of n * (|x|
     - c)^2 .
 
-At 8 bits this lands near the largest value seen, at 4 bits near 2.7 standard deviations.
+For Gaussian values the best c is near 4.0 standard deviations at 8 bits, 3.3 at 6, and 2.5 at 4.
 """
 
 from __future__ import annotations
