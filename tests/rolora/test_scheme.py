@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rolora.scheme import (
+    ACTIVATION_BITS,
+    FLOAT_BITS,
+    GROUP_SIZES,
+    WEIGHT_BITS,
+    ActivationSpec,
+    Granularity,
+    QuantizationRecipe,
+    Scheme,
+    WeightMethod,
+    WeightSpec,
+)
+
+schemes = st.builds(Scheme, st.sampled_from(WEIGHT_BITS), st.sampled_from(ACTIVATION_BITS))
+
+
+@settings(max_examples=50, deadline=None)
+@given(schemes, st.sampled_from([str.upper, str.lower, "  {}\n".format]))
+def test_a_name_reads_back_in_any_case(scheme: Scheme, spell: Any) -> None:
+    assert Scheme.parse(spell(str(scheme))) == scheme
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=8) | st.from_regex(r"[wW]\d*[aA]\d*", fullmatch=True))
+def test_no_other_text_is_a_scheme(text: str) -> None:
+    supported = {f"W{w}A{a}" for w in WEIGHT_BITS for a in ACTIVATION_BITS}
+    if text.strip().upper() in supported:
+        assert str(Scheme.parse(text)) == text.strip().upper()
+    elif re.fullmatch(r"W0*[468]A0*[468]", text.strip().upper()) is None:
+        with pytest.raises(ValueError, match=r"supported: W\{4,6,8\}A\{4,6,8\}"):
+            Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "W8", "A8W8", "W8A8A8", "W-8A8", "W8.0A8", "W3A8", "W8A16", "W\u0668A8"]
+)
+def test_a_bad_name_is_quoted_with_what_is_supported(name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(name)) + r".*for example W8A8"):
+        Scheme.parse(name)
+
+
+def test_a_width_too_long_for_python_is_refused_like_any_other() -> None:
+    with pytest.raises(ValueError, match="supported: W"):
+        Scheme.parse(f"W{'8' * 5000}A8")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("W8A8", {"group_size": 48}, "group size: .*got 48"),
+        ("W8A8", {"group_size": 0}, "group size: .*got 0"),
+        ("W4A4", {"group_size": 32}, "group size 32 with W4A4.*use A8"),
+        ("W6A8", {"group_size": 32}, "4 or 8 bits, got 6"),
+        ("W8A8", {"activation_clip": 0.0}, "clip ratio.*got 0.0"),
+        ("W8A8", {"activation_clip": 1.01}, "clip ratio.*got 1.01"),
+        ("W8A8", {"activation_clip": float("nan")}, "clip ratio.*got nan"),
+        ("W8A8", {"embedding_bits": 4}, "embedding bits.*got 4"),
+        ("W8A8", {"head_bits": 16}, "head bits.*got 16"),
+    ],
+)
+def test_a_recipe_that_no_kernel_runs_is_refused(
+    scheme: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantizationRecipe(Scheme.parse(scheme), **options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    schemes,
+    st.none() | st.sampled_from(GROUP_SIZES),
+    st.booleans(),
+    st.booleans(),
+    st.floats(0.1, 1.0),
+)
+def test_every_accepted_recipe_gives_weight_and_input_the_same_groups(
+    scheme: Scheme, group_size: int | None, static: bool, after_norm: bool, clip: float
+) -> None:
+    try:
+        recipe = QuantizationRecipe(
+            scheme, group_size=group_size, static_after_norm=static, activation_clip=clip
+        )
+    except ValueError:
+        assert group_size is not None
+        assert scheme.activation_bits != 8 or scheme.weight_bits == 6
+        return
+    weight, activation = recipe.block_weight(), recipe.block_input(after_norm=after_norm)
+    assert weight.bits == scheme.weight_bits
+    assert activation.bits == scheme.activation_bits
+    assert weight.group_size == activation.group_size == group_size
+    assert (weight.granularity is Granularity.GROUP) == (group_size is not None)
+    assert (activation.granularity is Granularity.GROUP) == (group_size is not None)
+
+
+def test_static_scales_stand_only_behind_norms() -> None:
+    recipe = QuantizationRecipe(Scheme(4, 6), activation_clip=0.9)
+    assert recipe.block_input(after_norm=True) == ActivationSpec(6, Granularity.TENSOR)
+    assert recipe.block_input(after_norm=False) == ActivationSpec(6, Granularity.TOKEN, 0.9)
+    assert recipe.head_input() == ActivationSpec(8, Granularity.TENSOR)
+    dynamic = QuantizationRecipe(Scheme(4, 6), activation_clip=0.9, static_after_norm=False)
+    assert dynamic.block_input(after_norm=True) == ActivationSpec(6, Granularity.TOKEN, 0.9)
+    assert dynamic.head_input() == ActivationSpec(8, Granularity.TOKEN)
+
+
+def test_defaults_are_the_safe_choices() -> None:
+    recipe = QuantizationRecipe(Scheme(8, 8))
+    assert recipe.weights is WeightMethod.RTN
+    assert recipe.block_weight() == WeightSpec(8)
+    assert FLOAT_BITS not in (recipe.embedding_bits, recipe.head_bits)
