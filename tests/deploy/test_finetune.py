@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deploy.finetune
+from deploy.adapter_artifact import open_adapter
+from deploy.architecture import decoder_names
+from deploy.artifact import hash_file, read_manifest, verify_files
+from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.finetune import FinetuneSettings, Method, finetune
+from deploy.loading import load_model
+from reslora.config import AdapterConfig, Structure
+from rolora.rotation import RotationKind, RotationName, RotationPlan
+from tests.deploy.tiny_artifacts import finetune_settings, save_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("finetune") / "tiny")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    directory = tmp_path / "data"
+    directory.mkdir()
+    return write_rows(directory / "rows.jsonl")
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_each_method_writes_an_adapter_of_its_kind(
+    method: Method, model: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = finetune_settings(model, data, method)
+    lines: list[str] = []
+    report = finetune(settings, tmp_path / "out", progress=lines.append)
+    assert report is not None
+    manifest = verify_files(tmp_path / "out")
+    assert manifest.digest == report.manifest.digest
+    digest = load_model(model).digest
+    assert manifest.parents == {"model": digest, "data": hash_file(data)}
+    assert report.to_dict()["training"]["steps"] == 2
+    assert "training on 6 examples" in lines
+    stored = open_adapter(tmp_path / "out")
+    stored.require_base(digest, "tiny")
+    names = decoder_names(load_model(model).model.config)
+    assert set(stored.adapter.factors) == set(names.linears())
+    assert any(bool(b.any()) for _, b in stored.adapter.factors.values()), "nothing was learned"
+    assert stored.adapter.config.structure == (
+        Structure.BLOCK if method is Method.RESLORA else None
+    )
+    if method is Method.ROLORA:
+        drawn = RotationPlan.draw(names, frozenset(RotationName), RotationKind.HADAMARD, 0)
+        assert stored.rotation is not None
+        assert stored.rotation.digest == drawn.digest
+    else:
+        assert stored.rotation is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
+def test_a_finished_adapter_is_kept_and_another_is_never_overwritten(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = finetune_settings(model, data, "lora")
+    first = finetune(settings, tmp_path / "out")
+    monkeypatch.setattr(deploy.finetune, "train_adapter", None)  # must not be called
+    again = finetune(settings, tmp_path / "out")
+    assert first is not None
+    assert again is not None
+    assert again.manifest.digest == first.manifest.digest
+    with pytest.raises(ConfigError, match="exists already"):
+        finetune(replace(settings, targets="q"), tmp_path / "out")
+    data.write_text('{"text": "other rows"}\n{"text": "and more"}\n')
+    with pytest.raises(ConfigError, match="exists already"):
+        finetune(settings, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").digest == first.manifest.digest
+
+
+def test_equal_runs_give_equal_adapters(model: Path, data: Path, tmp_path: Path) -> None:
+    settings = finetune_settings(model, data, "reslora", seed=4)
+    for name in ("a", "b"):
+        finetune(settings, tmp_path / name)
+    assert read_manifest(tmp_path / "a").digest == read_manifest(tmp_path / "b").digest
+    finetune(finetune_settings(model, data, "reslora", seed=5), tmp_path / "c")
+    weights = [hash_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b", "c")]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+        ('{"text": "a"}\n{"text": \n', r"rows.jsonl:2: not valid JSON"),
+        ('{"text": "a"}\n{"words": "b"}\n', r"rows.jsonl:2: "),
+        ('{"text": "a", "label": 1}\n', r"rows.jsonl:1: "),
+        ("[1]\n", r"rows.jsonl:1: expected a JSON object"),
+    ],
+)
+def test_bad_rows_name_file_and_line_before_anything_is_loaded(
+    content: str, said: str, data: Path, tmp_path: Path
+) -> None:
+    data.write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        finetune(finetune_settings(tmp_path / "absent model", data, "lora"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_loss_that_is_no_number_leaves_no_adapter(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = finetune_settings(model, data, "lora", learning_rate=1e30, max_steps=6)
+    with pytest.raises(ConfigError, match=r"training: .*(loss|gradient)"):
+        finetune(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_unknown_targets_and_validation_rows_are_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = finetune_settings(model, data, "lora")
+    with pytest.raises(ConfigError, match="--targets 'q,x'"):
+        finetune(replace(settings, targets="q,x"), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"absent.jsonl: no such file"):
+        finetune(replace(settings, validation=str(tmp_path / "absent.jsonl")), tmp_path / "out")
+
+
+def test_a_rotation_that_does_not_exist_is_refused(data: Path, tmp_path: Path) -> None:
+    odd = save_model(tmp_path / "odd", intermediate_size=46)
+    with pytest.raises(UnsupportedModelError, match="46"):
+        finetune(finetune_settings(odd, data, "rolora"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "odd"]
+
+
+def test_method_and_structure_must_agree() -> None:
+    def settings(method: Method, structure: Structure | None) -> FinetuneSettings:
+        return FinetuneSettings("m", "d", method, AdapterConfig(structure=structure))
+
+    with pytest.raises(ConfigError, match="--method reslora needs --structure block"):
+        settings(Method.RESLORA, None)
+    with pytest.raises(ConfigError, match="--method lora has no shortcuts"):
+        settings(Method.LORA, Structure.BLOCK)
+
+
+@pytest.mark.parametrize("structure", [Structure.INPUT, Structure.MIDDLE])
+def test_structures_that_are_to_come_are_refused_as_a_users_error(
+    structure: Structure, model: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = finetune_settings(model, data, "reslora")
+    settings = replace(settings, adapter=replace(settings.adapter, structure=structure))
+    with pytest.raises(ConfigError, match=str(structure)):
+        finetune(settings, tmp_path / "out")
+
+
+def test_only_the_first_process_writes(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any) -> Any:
+        monkeypatch.setenv("RANK", "1")
+
+    monkeypatch.setattr(deploy.finetune, "train_adapter", train)
+    assert finetune(finetune_settings(model, data, "lora"), tmp_path / "out") is None
+    assert {path.name for path in tmp_path.iterdir()} <= {"data", "out.training"}

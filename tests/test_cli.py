@@ -1,0 +1,444 @@
+"""What a user sees: exit codes, messages, JSON, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import cli
+from tests.deploy.tiny_artifacts import (
+    make_adapter,
+    make_checkpoint,
+    make_export,
+    save_model,
+    write_rows,
+)
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("finetune", "merge-rotate-quantize", "export", "run", "evaluate", "bench", "inspect")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+class Terminal:
+    """Runs the command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object) -> Result:
+        self._monkeypatch.setattr(sys, "argv", ["rolora", *map(str, arguments)])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        streams = self._capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Result(code, streams.out, " ".join(streams.err.split()))
+
+
+@pytest.fixture
+def terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Terminal]:
+    monkeypatch.setenv("COLUMNS", "200")
+    levels = {name: logging.getLogger(name).level for name in ("transformers", "datasets")}
+    yield Terminal(capsys, monkeypatch)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and what each stage makes of it."""
+    base = tmp_path_factory.mktemp("cli")
+    model = save_model(base / "model")
+    save_model(base / "other", num_hidden_layers=3)
+    write_rows(base / "rows.jsonl")
+    make_adapter(model, base / "adapter", "rolora")
+    make_checkpoint(model, base / "checkpoint", "FP32")
+    make_export(base / "checkpoint", base / "onnx")
+    return base
+
+
+def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "cli.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        **options,
+    )
+
+
+def test_a_real_process_tells_faults_apart_and_keeps_json_alone_on_stdout(
+    base: Path, tmp_path: Path
+) -> None:
+    helped = process("--help")
+    assert helped.returncode == 0
+    for stage in (*STAGES, "demo"):
+        assert stage in helped.stdout
+    good = process("inspect", base / "onnx", "--json")
+    assert (good.returncode, json.loads(good.stdout)["manifest"]["kind"]) == (0, "onnx")
+    wrong = process("inspect", base / "model")
+    assert (wrong.returncode, wrong.stdout) == (3, "")
+    assert wrong.stderr.startswith("error: ")
+    assert "Traceback" not in wrong.stderr
+    assert process("no-such-stage").returncode == 2
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "demo"])
+def test_every_stage_explains_itself(terminal: Terminal, stage: str) -> None:
+    result = terminal(stage, "--help")
+    assert result.code == 0
+    assert f"rolora {stage}" in result.out
+    assert "--help" in result.out
+
+
+def test_the_stages_run_from_the_command_line_with_json(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    result = terminal(
+        *("finetune", "--model", base / "model", "--data", base / "rows.jsonl"),
+        *("--output", tmp_path / "adapter", "--max-steps", 1, "--batch-size", 2),
+        *("--max-tokens", 48, "--rank", 2, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["training"]["steps"] == 1
+    text = tmp_path / "text.txt"
+    text.write_text("a short calibration text, " * 9)
+    result = terminal(
+        *("merge-rotate-quantize", "--model", base / "model", "--adapter", tmp_path / "adapter"),
+        *("--scheme", "w8a8", "--calibration", text, "--output", tmp_path / "checkpoint"),
+        "--json",
+    )
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["scheme"] == "W8A8"
+    result = terminal(
+        *("export", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "onnx"),
+        "--json",
+    )
+    assert result.code == 0, result.err
+    parity = json.loads(result.out)["parity"]
+    assert parity["prefill_error"] <= parity["bound"]
+    result = terminal(
+        *("run", "--model", tmp_path / "onnx", "--prompt", "hi", "--chat", "--system", "be kind"),
+        *("--max-new-tokens", 3, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert set(json.loads(result.out)) == {"model", "prompt", "text"}
+    result = terminal(
+        *("evaluate", "--model", tmp_path / "onnx", "--reference", base / "model"),
+        *("--tasks", "ppl,kl", "--windows", 1, "--window-tokens", 32, "--threads", 1, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert set(json.loads(result.out)["results"]) >= {"ppl", "ppl_ratio", "kl_mean"}
+    result = terminal(
+        *("bench", "--model", tmp_path / "onnx", "--prompt-tokens", 8, "--new-tokens", 2),
+        *("--runs", 1, "--threads", 1, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["prefill_tokens_per_s"] > 0
+
+
+def test_results_are_readable_without_json(terminal: Terminal, base: Path) -> None:
+    result = terminal("inspect", base / "adapter", "--verify")
+    assert result.code == 0
+    assert "trainable parameters" in result.out
+    result = terminal("run", "--model", base / "onnx", "--prompt", "hello", "--max-new-tokens", 4)
+    assert result.code == 0
+    assert result.out.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage"),
+    [
+        (["finetune", "--model", "m", "--data", "d", "--method", "rolora"], "finetune"),
+        (
+            ["merge-rotate-quantize", "--model", "m", "--scheme", "W4A4", "--rotate", "r1"],
+            "merge-rotate-quantize",
+        ),
+        (["export", "--checkpoint", "c"], "export"),
+    ],
+)
+def test_a_dry_run_prints_the_settings_and_does_nothing(
+    terminal: Terminal, tmp_path: Path, arguments: list[str], stage: str
+) -> None:
+    result = terminal(*arguments, "--output", tmp_path / "out", "--dry-run")
+    assert result.code == 0, result.err
+    settings = json.loads(result.out)
+    assert settings["stage"] == stage
+    assert settings["output"] == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def mrq(base: Path, *rest: object) -> list[object]:
+    return ["merge-rotate-quantize", "--model", base / "model", *rest]
+
+
+def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
+    """Name each fault: exit code, words of the message, command line without --output."""
+    tune = ["finetune", "--model", base / "model", "--data"]
+    rows = base / "rows.jsonl"
+    return {
+        "unknown scheme": (2, "supported: W{4,6,8}A{4,6,8}", mrq(base, "--scheme", "W5A5")),
+        "unknown rotation": (2, "r1, r2, r4", mrq(base, "--scheme", "W8A8", "--rotate", "r9")),
+        "other model": (
+            4,
+            "give the model it was trained on",
+            [
+                *("merge-rotate-quantize", "--model", base / "other", "--scheme", "W8A8"),
+                *("--adapter", base / "adapter"),
+            ],
+        ),
+        "other basis": (
+            2,
+            "can be merged only there",
+            mrq(base, "--scheme", "W8A8", "--adapter", base / "adapter", "--rotation-seed", 7),
+        ),
+        "adapter for a model": (
+            3,
+            "expected a model, got an artifact of kind adapter",
+            ["merge-rotate-quantize", "--model", base / "adapter", "--scheme", "W8A8"],
+        ),
+        "NaN": (
+            4,
+            "tensor model.norm.weight holds NaN",
+            ["merge-rotate-quantize", "--model", tmp / "nan", "--scheme", "W8A8"],
+        ),
+        "damaged": (
+            4,
+            "model.safetensors",
+            ["merge-rotate-quantize", "--model", tmp / "cut", "--scheme", "W8A8"],
+        ),
+        "missing shard": (
+            4,
+            "model-00002-of-00002.safetensors",
+            ["merge-rotate-quantize", "--model", tmp / "shards", "--scheme", "W8A8"],
+        ),
+        "family": (
+            5,
+            "supported are llama, mistral, qwen2, qwen3",
+            ["merge-rotate-quantize", "--model", tmp / "gpt2", "--scheme", "W8A8"],
+        ),
+        "no Hadamard": (
+            5,
+            "--rotation-kind orthogonal",
+            ["merge-rotate-quantize", "--model", tmp / "odd", "--scheme", "W8A8"],
+        ),
+        "no data": (2, "holds no rows", [*tune, tmp / "empty.jsonl"]),
+        "bad row": (2, "bad.jsonl:2: not valid JSON", [*tune, tmp / "bad.jsonl"]),
+        "no file": (2, "no such file", [*tune, tmp / "absent.jsonl"]),
+        "bad rank": (2, "rank must be at least 1, got 0", [*tune, rows, "--rank", 0]),
+        "bad steps": (2, "max_steps must be at least 1", [*tune, rows, "--max-steps", 0]),
+        "bad target": (2, "--targets 'z'", [*tune, rows, "--targets", "z"]),
+        "structure": (
+            2,
+            "--method lora has no shortcuts",
+            [*tune, rows, "--method", "lora", "--structure", "block"],
+        ),
+        "not a checkpoint": (3, "rolora merge-rotate", ["export", "--checkpoint", base / "model"]),
+        "no checkpoint": (2, "no such directory", ["export", "--checkpoint", tmp / "absent"]),
+    }
+
+
+NAMES = list(faults(Path(), Path()))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data with one fault each."""
+    tmp = tmp_path_factory.mktemp("broken")
+    (tmp / "empty.jsonl").write_text("")
+    (tmp / "bad.jsonl").write_text('{"text": "fine"}\n{"text": oops}\n')
+    save_model(tmp / "odd", intermediate_size=46)
+    model = save_model(tmp / "nan")
+    shutil.copytree(model, tmp / "cut")
+    weights = tmp / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    tensors = load_file(model / "model.safetensors")
+    half = sorted(tensors)[::2]
+    shutil.copytree(model, tmp / "shards")
+    (tmp / "shards" / "model.safetensors").unlink()
+    save_file({key: tensors[key] for key in half}, tmp / "shards/model-00001-of-00002.safetensors")
+    index = {key: f"model-0000{1 if key in half else 2}-of-00002.safetensors" for key in tensors}
+    (tmp / "shards" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    shutil.copytree(model, tmp / "gpt2")
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "gpt2"}
+    (tmp / "gpt2" / "config.json").write_text(json.dumps(config))
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return tmp
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_fault_has_its_exit_code_its_message_and_leaves_nothing(
+    name: str, terminal: Terminal, base: Path, broken: Path, tmp_path: Path
+) -> None:
+    code, said, arguments = faults(base, broken)[name]
+    result = terminal(*arguments, "--output", tmp_path / "deep" / "out")
+    assert said in result.err
+    assert (result.code, result.out) == (code, "")
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["evaluate", "--model", "onnx", "--tasks", "bleu"], 2, "--tasks 'bleu'"),
+        (["evaluate", "--model", "onnx", "--tasks", "kl", "--windows", "1"], 2, "--reference"),
+        (["evaluate", "--model", "onnx", "--window-tokens", "500"], 2, "context length of 128"),
+        (["evaluate", "--model", "onnx", "--data", "absent.txt"], 2, "no such file"),
+        (["evaluate", "--model", "adapter"], 3, "no model by itself"),
+        (["run", "--model", "checkpoint", "--prompt", "x"], 3, "rolora export"),
+        (["run", "--model", "onnx", "--prompt", ""], 2, "expected some text"),
+        (["run", "--model", "onnx", "--prompt", "x", "--system", "y"], 2, "--system needs --chat"),
+        (["run", "--model", "onnx", "--prompt", "x", "--top-p", "2"], 2, "--top-p"),
+        (["bench", "--model", "onnx", "--runs", "0"], 2, "every count must be at least 1"),
+        (["bench", "--model", "adapter"], 3, "expected an artifact of kind onnx"),
+        (["inspect", "absent"], 2, "no such directory"),
+    ],
+)
+def test_stages_that_write_nothing_tell_faults_apart_too(
+    terminal: Terminal,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(base)
+    result = terminal(*arguments)
+    assert said in result.err
+    assert (result.code, result.out) == (code, "")
+
+
+@pytest.mark.parametrize("bits", [[], ["--scheme", "W8A8", "--method", "x"]])
+def test_a_missing_or_unknown_option_is_a_usage_error(terminal: Terminal, bits: list[str]) -> None:
+    assert terminal("merge-rotate-quantize", "--model", "m", "--output", "o", *bits).code == 2
+
+
+def test_an_output_that_exists_is_refused_and_the_very_result_is_kept(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "thesis.txt").write_text("precious")
+    command = ("export", "--checkpoint", base / "checkpoint", "--output")
+    result = terminal(*command, tmp_path / "kept")
+    assert result.code == 2
+    assert "exists already" in result.err
+    assert (tmp_path / "kept" / "thesis.txt").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    written = (base / "onnx" / "model.onnx").stat().st_mtime_ns
+    again = terminal(*command, base / "onnx", "--json")
+    assert again.code == 0
+    assert json.loads(again.out)["output"] == str(base / "onnx")
+    assert (base / "onnx" / "model.onnx").stat().st_mtime_ns == written
+
+
+def test_a_failed_parity_check_ends_with_six_and_nothing_on_disk(
+    terminal: Terminal, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.parity.LEAST_BOUND", 0.0)
+    monkeypatch.setattr("deploy.parity.FLOOR_FACTOR", 0.0)
+    result = terminal("export", "--checkpoint", base / "checkpoint", "--output", tmp_path / "out")
+    assert result.code == 6
+    assert "departs from the torch reference" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_shows_its_traceback(
+    terminal: Terminal, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("deploy.describe.describe_artifact", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        terminal("inspect", base / "onnx")
+
+
+WAITING = """
+import sys, time
+import {module} as stage
+def wait(*arguments, **options):
+    print("waiting", file=sys.stderr, flush=True)
+    time.sleep(120)
+stage.{function} = wait
+import cli
+sys.argv = ["rolora", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        ("deploy.export", "check_parity", ["export", "--checkpoint", "checkpoint"]),
+        (
+            "deploy.merge_rotate_quantize",
+            "write_weights",
+            ["merge-rotate-quantize", "--model", "model", "--scheme", "FP32"],
+        ),
+        (
+            "deploy.finetune",
+            "save_adapter",
+            [
+                *("finetune", "--model", "model", "--data", "rows.jsonl", "--max-steps", "1"),
+                *("--max-tokens", "48", "--rank", "2"),
+            ],
+        ),
+    ],
+)
+def test_ctrl_c_while_a_stage_writes_leaves_nothing_that_looks_finished(
+    module: str, function: str, arguments: list[str], base: Path, tmp_path: Path
+) -> None:
+    script = WAITING.format(module=module, function=function)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "--output", tmp_path / "out"],
+        cwd=base,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as running:
+        try:
+            assert running.stderr is not None
+            before = []
+            for text in running.stderr:
+                before.append(text)
+                if "waiting" in text:
+                    break
+            hidden = [path.name for path in tmp_path.iterdir() if ".partial-" in path.name]
+            assert hidden, "".join(before)
+            running.send_signal(signal.SIGINT)
+            _, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 130, err
+    assert "interrupted; nothing half-written is left" in err
+    assert "Traceback" not in err
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"out.training"}, "only training checkpoints stay, for --resume"
+    assert (left == {"out.training"}) == (module == "deploy.finetune")
