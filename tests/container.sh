@@ -47,7 +47,7 @@ time buildah_here bud --network host --tag localhost/rolora \
 mkdir "$work/models"
 chmod 777 "$work/models"
 container=$(buildah_here from localhost/rolora)
-inside() { buildah_here run --network none --volume "$work/models:/work" "$container" -- "$@"; }
+inside() { buildah_here run --network none --env OMP_NUM_THREADS=1 --volume "$work/models:/work" "$container" -- "$@"; }
 
 echo "== who runs, and what starts"
 test "$(inside id -u)" = 1000
@@ -65,7 +65,7 @@ import sys
 sys.path.insert(0, "tests")
 from conftest import build_tiny_model, build_tiny_tokenizer
 
-build_tiny_model("llama", attention_bias=True).save_pretrained(sys.argv[1])
+build_tiny_model("llama", attention_bias=True, head_dim=16).save_pretrained(sys.argv[1])
 build_tiny_tokenizer().save_pretrained(sys.argv[1])
 PYTHON
 chmod -R a+rX "$work/models/tiny"
