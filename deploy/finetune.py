@@ -140,14 +140,14 @@ def finetune(
     targets = resolve_targets(names, settings.targets)
     plan = _rotate(loaded, names, settings)
     checkpoints = output.with_name(f"{output.name}.training")
-    _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
-    progress(f"training on {len(examples)} examples")
     try:
         model = attach_adapters(
             loaded.model, settings.adapter, targets, seed=settings.training.seed
         )
         if plan is not None:
             install_online_rotations(model, plan, names)
+        _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
+        progress(f"training on {len(examples)} examples")
         training = train_adapter(
             model, loaded.tokenizer, examples, validation, settings.training, checkpoints, resume
         )

@@ -332,7 +332,7 @@ def _quantize(
         loaded.tokenizer,
         settings.calibration,
         windows=settings.calibration_windows,
-        tokens=settings.calibration_tokens,
+        tokens=min(settings.calibration_tokens, loaded.model.config.max_position_embeddings),
     )
     try:
         return quantize_decoder(loaded.model, names, settings.recipe, batches, count)
