@@ -33,8 +33,10 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 """Exit code that typer turns Ctrl-C into, 128 + SIGINT."""
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+PIPE_WIDTH = 100
+"""Columns where no terminal says how many it has, so that tables do not break in a log."""
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 
 class MethodName(StrEnum):

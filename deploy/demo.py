@@ -1,6 +1,6 @@
 """The whole path on a real model, from a name to a table: `rolora demo`.
 
-    finetune (ResLoRA, block) -> merge -> quantize to each scheme -> export -> evaluate and time ->
+    unpack -> finetune (ResLoRA, block) -> merge -> quantize to each scheme -> export -> evaluate and time ->
     one answer
 
 The reference of every figure is the fine-tuned model itself, merged and exported in float32, so
@@ -22,7 +22,7 @@ from deploy.evaluate import Task, cut_windows, evaluate_model
 from deploy.export import Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.language_model import OpenedModel, open_language_model
-from deploy.loading import DEMO_MODEL
+from deploy.loading import DEMO_MODEL, load_model, save_tokenizer
 from deploy.merge_rotate_quantize import (
     CheckpointSettings,
     RotationChoice,
@@ -30,6 +30,7 @@ from deploy.merge_rotate_quantize import (
     merge_rotate_quantize,
 )
 from deploy.run import Sampling, TextGenerator
+from deploy.staging import staged_directory
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings
@@ -113,7 +114,8 @@ def run_demo(
         RoloraError: Whatever a stage refuses.
     """
     adapter = output / "adapter"
-    finetune(_finetune_settings(settings), adapter, progress=progress)
+    model = unpack_model(settings.model, output / "model", progress)
+    finetune(_finetune_settings(settings, model), adapter, progress=progress)
     exports: list[tuple[Variant, Path]] = []
     for variant in variants():
         progress(f"== {variant.label} ==")
@@ -121,9 +123,7 @@ def run_demo(
             output / variant.directory / "checkpoint",
             output / variant.directory / "onnx",
         )
-        merge_rotate_quantize(
-            _checkpoint_settings(settings, adapter, variant), checkpoint, progress
-        )
+        merge_rotate_quantize(_checkpoint_settings(model, adapter, variant), checkpoint, progress)
         export_onnx(checkpoint, export, Target.CPU, progress)
         exports.append((variant, export))
     reference = open_language_model(str(exports[0][1]), threads=settings.threads)
@@ -142,9 +142,31 @@ def answer(export: Path, question: str) -> str:
     return "".join(generator.stream(prompt, Sampling(max_new_tokens=96))).strip()
 
 
-def _finetune_settings(settings: DemoSettings) -> FinetuneSettings:
+def unpack_model(
+    reference: str, directory: Path, progress: Callable[[str], None] = lambda step: None
+) -> Path:
+    """Save a model as safetensors once, since every stage loads it and a GGUF file loads slowly.
+
+    Args:
+        reference: Anything that `load_model` takes.
+        directory: Receives it; kept as it is if it is there.
+        progress: Called with a line for each step.
+
+    Returns:
+        The directory.
+    """
+    if not directory.is_dir():
+        progress(f"unpacking {reference}")
+        loaded = load_model(reference)
+        with staged_directory(directory) as partial:
+            loaded.model.save_pretrained(partial)
+            save_tokenizer(loaded, partial)
+    return directory
+
+
+def _finetune_settings(settings: DemoSettings, model: Path) -> FinetuneSettings:
     return FinetuneSettings(
-        model=settings.model,
+        model=str(model),
         data=str(sample_path("finetune.jsonl")),
         method=Method.RESLORA,
         adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, structure=Structure.BLOCK, depth=4),
@@ -155,16 +177,15 @@ def _finetune_settings(settings: DemoSettings) -> FinetuneSettings:
     )
 
 
-def _checkpoint_settings(
-    settings: DemoSettings, adapter: Path, variant: Variant
-) -> CheckpointSettings:
+def _checkpoint_settings(model: Path, adapter: Path, variant: Variant) -> CheckpointSettings:
     return CheckpointSettings(
-        model=settings.model,
+        model=str(model),
         adapter=adapter,
         merge=MergeMethod.EXACT,
         rotation=variant.rotation,
         recipe=choose_recipe(variant.scheme, rotation=variant.rotation),
         calibration=None,
+        calibration_windows=8,
     )
 
 
