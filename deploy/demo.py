@@ -1,7 +1,7 @@
 """The whole path on a real model, from a name to a table: `rolora demo`.
 
-    unpack -> finetune (ResLoRA, block) -> merge -> quantize to each scheme -> export -> evaluate and time ->
-    one answer
+    unpack -> finetune (ResLoRA, block) -> merge -> quantize to each scheme -> export
+           -> evaluate and time -> one answer
 
 The reference of every figure is the fine-tuned model itself, merged and exported in float32, so
 that the table shows what quantization alone costs. Text and training rows are the package's own
