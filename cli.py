@@ -563,7 +563,9 @@ def _layer_bar() -> Progress:
 
 
 def _log_step(line: str) -> None:
-    logging.getLogger("rolora").info(line)
+    """Log a step; of several processes only the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("rolora").info(line)
 
 
 def _finish(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) -> None:
