@@ -20,7 +20,13 @@ from torch import nn
 
 from reslora.chains import find_chains
 from reslora.config import ALL_PREVIOUS, AdapterConfig, Structure
-from reslora.layers import BlockShortcutLinear, LiveChain
+from reslora.layers import (
+    BlockShortcutLinear,
+    InputShortcutLinear,
+    MiddleShortcutLinear,
+    ShortcutLinear,
+)
+from reslora.live_chain import LiveChain
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +35,12 @@ RESLORA_TYPE = "RESLORA"
 """Written as `peft_type` for adapters with a shortcut: PEFT knows no such type and refuses to load
 them, where it would otherwise drop the shortcut silently."""
 
-SHORTCUT_LAYERS: dict[Structure, type[BlockShortcutLinear]] = {Structure.BLOCK: BlockShortcutLinear}
-"""Layer class of each structure that can be trained. A new structure starts here."""
+SHORTCUT_LAYERS: dict[Structure, type[ShortcutLinear]] = {
+    Structure.BLOCK: BlockShortcutLinear,
+    Structure.INPUT: InputShortcutLinear,
+    Structure.MIDDLE: MiddleShortcutLinear,
+}
+"""Layer class of each structure."""
 
 
 @dataclass
@@ -57,7 +67,7 @@ def attach_adapters(
 
     Args:
         model: A transformers model; its modules are replaced in place.
-        config: The adapter. Structures `input` and `middle` are refused for now.
+        config: The adapter.
         target_fqns: Dotted names of `nn.Linear` modules.
         seed: Seed of the A matrices; the global generator is left as it was.
 
@@ -67,15 +77,9 @@ def attach_adapters(
     Invariant: B starts at zero, so the wrapped model computes what `model` computed.
 
     Raises:
-        ValueError: No target, a target that is missing or no linear, a structure that cannot be
-            trained yet, or a model that already carries adapters.
+        ValueError: No target, a target that is missing or no linear, or a model that already
+            carries adapters.
     """
-    if config.structure is not None and config.structure not in SHORTCUT_LAYERS:
-        known = ", ".join(SHORTCUT_LAYERS)
-        raise ValueError(
-            f"structure {config.structure.value!r} is not available yet: expected one of {known}; "
-            f"use structure {Structure.BLOCK.value!r}, which also merges exactly"
-        )
     shapes = _target_shapes(model, target_fqns)
     # peft declares an int but scales by any number; whole numbers stay whole in the file
     alpha: Any = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
@@ -161,10 +165,10 @@ def _link_chains(
     for chain in find_chains(shapes):
         if chain.break_reason is not None:
             logger.warning("shortcut chain %s starts anew: %s", chain.kind, chain.break_reason)
-        layers: list[BlockShortcutLinear] = []
+        layers: list[ShortcutLinear] = []
         for fqn in chain.fqns:
             layer = model.get_submodule(fqn)
-            if not isinstance(layer, BlockShortcutLinear):
+            if not isinstance(layer, ShortcutLinear):
                 raise TypeError(f"{fqn}: peft made a {type(layer).__name__}, no shortcut layer")
             layers.append(layer)
         link = LiveChain(chain, layers, config.reach)

@@ -44,7 +44,8 @@ class AdapterConfig:
     depth: int = ALL_PREVIOUS
     """How many previous blocks a shortcut reaches back; -1 all of them, 0 is plain LoRA.
 
-    The paper's `pre_num`. Ignored where `structure` is None.
+    The paper's `pre_num`. Ignored where `structure` is None; an input shortcut reaches one layer
+    back whatever the depth, unless it is 0.
     """
 
     def __post_init__(self) -> None:
@@ -69,4 +70,8 @@ class AdapterConfig:
     @property
     def reach(self) -> int:
         """Previous blocks a block uses: 0 for plain LoRA, -1 for all of its chain."""
-        return 0 if self.structure is None else self.depth
+        if self.structure is None:
+            return 0
+        if self.structure is Structure.INPUT:
+            return min(1, abs(self.depth))
+        return self.depth

@@ -47,6 +47,7 @@ from reslora.batches import (
     schedule_rows,
 )
 from reslora.checkpoints import newest_complete, refuse_existing, step_of
+from reslora.live_chain import recompute_contexts
 from reslora.progress import TrainingProgress
 from reslora.row_formats import Example
 from reslora.rows import split_validation
@@ -249,7 +250,7 @@ def _arguments(settings: TrainSettings, output: Path, *, validate: bool) -> Trai
         train_sampling_strategy="sequential",
         activation_checkpointing=settings.gradient_checkpointing,
         # reentrant checkpointing fires a block's gradient hooks once for every layer that uses it
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": recompute_contexts},
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         dataloader_num_workers=0,

@@ -28,9 +28,10 @@ def train(
     directory: Path,
     settings: TrainSettings = QUICK,
     *,
+    config: AdapterConfig = BLOCK,
     resume: bool = False,
 ) -> TrainReport:
-    attached = attach_adapters(model, BLOCK, targets)
+    attached = attach_adapters(model, config, targets)
     examples = tiny_examples(12)
     return train_adapter(attached, tokenizer, examples, None, settings, directory, resume)
 
@@ -83,16 +84,26 @@ def test_training_lowers_the_loss_and_reports(
             assert torch.equal(parameter, frozen[name.replace(".base_layer", "")])
 
 
+@pytest.mark.parametrize("structure", Structure)
 def test_packing_and_checkpointed_activations_train_alike(
-    targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    structure: Structure,
 ) -> None:
+    config = AdapterConfig(rank=3, dropout=0.2, structure=structure)
     losses = []
     for recompute in (False, True):
         settings = TrainSettings(
-            max_steps=3, batch_size=2, max_tokens=90, packing=True, gradient_checkpointing=recompute
+            max_steps=3,
+            batch_size=2,
+            max_tokens=90,
+            packing=True,
+            learning_rate=1e-2,
+            gradient_checkpointing=recompute,
         )
         directory = tmp_path / str(recompute)
-        report = train(build_llama(), chat_tokenizer, targets, directory, settings)
+        report = train(build_llama(), chat_tokenizer, targets, directory, settings, config=config)
         assert report.train_rows < 11
         losses.append(report.loss)
     assert [loss for _, loss in losses[0]] == pytest.approx(
