@@ -1,12 +1,13 @@
 """Fold a trained adapter into the weights, so that inference pays nothing for it.
 
+With s = alpha / rank and the merged factors of `merged_factors`, the new weight is
+
+    W*_n = W_n + s B*_n A*_n
+
 Plain LoRA and ResLoRA's block shortcut (arXiv:2402.18039 §3.3) are linear in the layer's own input,
-so their merge is exact:
-
-    W*_n = W_n + s * sum_{k=0..m} B_{n-k} A_{n-k},   m = min(depth, n),   s = alpha / rank
-
-(the paper prints the product as A B). The window is found from the adapter alone: `find_chains`
-over its shapes gives the chains that training used. The sum has rank up to (m + 1) r.
+so their merge is exact (the paper prints the product as A B). Input and middle shortcuts are not,
+and their merges are approximate; `merge_error` measures by how much. The window is found from the
+adapter alone: `find_chains` over its shapes gives the chains that training used.
 
 Arithmetic is float64 whatever the weights are; the result is cast to the weight's dtype once.
 """
@@ -15,25 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reslora.adapter import Adapter
-from reslora.chains import find_chains
 from reslora.config import Structure
+from reslora.merged_factors import Factors, MergeMethod, merged_factors
+from reslora.shortcut_statistics import ShortcutStatistics
 
-
-class MergeMethod(StrEnum):
-    """How a shortcut becomes a weight change; approximate methods join here."""
-
-    EXACT = "exact"
-
-
-EXACT_STRUCTURES: frozenset[Structure | None] = frozenset({None, Structure.BLOCK})
-"""Structures whose shortcut is a linear map of the layer's own input."""
+__all__ = ["MergeMethod", "MergeReport", "MergedLayer", "delta_weights", "merge_adapter"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class MergedLayer:
 
     fqn: str
     blocks: int
-    """LoRA blocks summed into this weight (the window m + 1)."""
+    """Rank of the change over the adapter's rank: the window m + 1 of `block`, else 1."""
     delta_norm: float
     """Frobenius norm of the change."""
     relative_change: float
@@ -62,30 +55,36 @@ class MergeReport:
         return asdict(self)
 
 
-def delta_weights(adapter: Adapter, method: MergeMethod) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weight change of each layer.
+def delta_weights(
+    adapter: Adapter, method: MergeMethod, statistics: ShortcutStatistics | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Compute what merging adds to each weight.
 
     Args:
         adapter: A loaded adapter.
-        method: `exact` for plain LoRA and structure `block`.
+        method: See `merged_factors`.
+        statistics: For the methods that need them.
 
     Yields:
         FQN and delta [out, in], float64, chain by chain in depth order; one at a time is in memory.
 
-    Invariant: (W + delta) x equals the trained layer's output without dropout, to float64 rounding.
+    Invariant: for `exact`, (W + delta) x equals the trained layer's output without dropout, to
+        float64 rounding.
 
     Raises:
-        ValueError: The method cannot merge the adapter's structure.
+        ValueError: The method cannot merge the adapter's structure, or statistics are missing or of
+            another adapter.
     """
-    if method is MergeMethod.EXACT and adapter.config.structure not in EXACT_STRUCTURES:
-        raise ValueError(
-            f"merge method {method.value!r} cannot merge structure "
-            f"{adapter.config.structure!s}: its shortcut is no function of the layer's own input"
-        )
-    return (_exact_delta(adapter, window) for window in _windows(adapter))
+    merged = merged_factors(adapter, method, statistics)
+    return ((fqn, _delta(adapter, factors)) for fqn, factors in merged)
 
 
-def merge_adapter(model: nn.Module, adapter: Adapter, method: MergeMethod) -> MergeReport:
+def merge_adapter(
+    model: nn.Module,
+    adapter: Adapter,
+    method: MergeMethod,
+    statistics: ShortcutStatistics | None = None,
+) -> MergeReport:
     """Add an adapter's weight changes to a model that carries no adapter layers.
 
     Two passes, one layer in memory at a time: the first computes and checks every merged weight,
@@ -94,48 +93,41 @@ def merge_adapter(model: nn.Module, adapter: Adapter, method: MergeMethod) -> Me
     Args:
         model: The model the adapter was trained on (same basis, same shapes), changed in place.
         adapter: A loaded adapter.
-        method: See `delta_weights`.
+        method: See `merged_factors`.
+        statistics: For the methods that need them.
 
-    Invariant: in float64 the merged model computes what the adapted model computed, to rounding; in
-        a lower dtype each weight is the float64 result rounded once.
+    Invariant: for `exact`, in float64, the merged model computes what the adapted model computed,
+        to rounding; in a lower dtype each weight is the float64 result rounded once.
 
     Raises:
-        ValueError: A layer is missing, of other shape, shares its weight, or would not be finite.
+        ValueError: A layer is missing, of other shape, shares its weight, or would not be finite;
+            or as `delta_weights`.
     """
     weights = _matching_weights(model, adapter)
-    for fqn, delta in delta_weights(adapter, method):
-        merged = _merged(weights[fqn], delta)
+    factors = dict(merged_factors(adapter, method, statistics))
+    for fqn, pair in factors.items():
+        merged = _merged(weights[fqn], _delta(adapter, pair))
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"{fqn}: merged weight has NaN or infinite values in {merged.dtype}; the model is "
                 "unchanged; check the base model, or merge in float32"
             )
-    blocks = {window[0]: len(window) for window in _windows(adapter)}
     layers = []
-    for fqn, delta in delta_weights(adapter, method):
-        weight = weights[fqn]
+    for fqn, pair in factors.items():
+        weight, delta = weights[fqn], _delta(adapter, pair)
         delta_norm = float(delta.norm())
         before = float(weight.detach().double().norm())
         with torch.no_grad():
             weight.copy_(_merged(weight, delta))
         relative = delta_norm / before if before > 0 else 0.0
-        layers.append(MergedLayer(fqn, blocks[fqn], delta_norm, relative))
+        blocks = pair[0].shape[0] // adapter.config.rank
+        layers.append(MergedLayer(fqn, blocks, delta_norm, relative))
     return MergeReport(method, adapter.config.structure, tuple(layers))
 
 
-def _windows(adapter: Adapter) -> Iterator[tuple[str, ...]]:
-    """Yield, for every layer, the FQNs of its blocks: the layer itself first."""
-    for chain in find_chains(adapter.shapes()):
-        for position in range(len(chain.fqns)):
-            window = chain.window(position, adapter.config.reach)
-            yield tuple(chain.fqns[index] for index in window)
-
-
-def _exact_delta(adapter: Adapter, window: tuple[str, ...]) -> tuple[str, Tensor]:
-    pairs = [adapter.factors[fqn] for fqn in window]
-    a_cat = torch.cat([a.double() for a, _ in pairs])  # [(m+1) r, in]
-    b_cat = torch.cat([b.double() for _, b in pairs], dim=1)  # [out, (m+1) r]
-    return window[0], adapter.config.scaling * (b_cat @ a_cat)
+def _delta(adapter: Adapter, factors: Factors) -> Tensor:
+    a, b = factors
+    return adapter.config.scaling * (b @ a)
 
 
 def _merged(weight: Tensor, delta: Tensor) -> Tensor:
