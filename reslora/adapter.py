@@ -110,7 +110,7 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     peft_config = peft_model.peft_config[ADAPTER_NAME].to_dict()
-    text = json.dumps(_plain({**peft_config, "inference_mode": True}), indent=2, sort_keys=True)
+    text = json.dumps(plain_json({**peft_config, "inference_mode": True}), indent=2, sort_keys=True)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -136,7 +136,7 @@ def load_adapter(directory: Path) -> Adapter:
     for fqn, pair in pairs.items():
         for side in _SIDES:
             if side not in pair:
-                raise ValueError(f"{path}: key {_KEY_PREFIX}{fqn}.{side}.weight is missing")
+                raise ValueError(f"{path}: key {tensor_key(fqn, side)} is missing")
         a, b = pair["lora_A"], pair["lora_B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != config.rank or b.shape[1] != config.rank:
             raise ValueError(
@@ -177,6 +177,11 @@ def restore_adapter(peft_model: PeftModel, directory: Path) -> None:
         for fqn, (a, b) in adapter.factors.items():
             layers[fqn].lora_A[ADAPTER_NAME].weight.copy_(a)
             layers[fqn].lora_B[ADAPTER_NAME].weight.copy_(b)
+
+
+def tensor_key(fqn: str, side: str) -> str:
+    """Return PEFT's file key of a factor; side is `lora_A` or `lora_B`."""
+    return f"{_KEY_PREFIX}{fqn}.{side}.weight"
 
 
 def _read_config(path: Path) -> AdapterConfig:
@@ -240,10 +245,10 @@ def _refuse_non_finite(tensor: Tensor, key: str, where: str, advice: str) -> Non
         raise ValueError(f"{where}: {key} holds {bad} NaN or infinite values; {advice}")
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Turn sets into sorted lists, so that the same adapter gives the same bytes."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
         return sorted(value)
     return value
