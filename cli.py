@@ -59,6 +59,11 @@ class MergeName(StrEnum):
     """Values of --merge."""
 
     EXACT = "exact"
+    LEAST_SQUARES = "least-squares"
+    LEAST_SQUARES_SCALAR = "least-squares-scalar"
+    INPUT_NORM = "input-norm"
+    WEIGHT_NORM = "weight-norm"
+    DROP = "drop"
 
 
 class KindName(StrEnum):
@@ -231,7 +236,13 @@ def merge_rotate_quantize_command(
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter to merge; it must have been trained on the model.")
     ] = None,
-    merge: Annotated[MergeName, typer.Option(help="How the adapter is merged.")] = MergeName.EXACT,
+    merge: Annotated[
+        MergeName,
+        typer.Option(
+            help="How the adapter is merged: exact for block and plain LoRA; the others for input "
+            "and middle, measured on the calibration text."
+        ),
+    ] = MergeName.EXACT,
     rotate: Annotated[
         str | None,
         typer.Option(

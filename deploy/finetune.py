@@ -74,7 +74,7 @@ class FinetuneSettings:
             ConfigError: reslora without a structure, or lora with one.
         """
         if self.method is Method.RESLORA and self.adapter.structure is None:
-            raise ConfigError("--method reslora needs --structure block")
+            raise ConfigError("--method reslora needs --structure block, input or middle")
         if self.method is Method.LORA and self.adapter.structure is not None:
             raise ConfigError(
                 f"--structure {self.adapter.structure}: --method lora has no shortcuts; use "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deploy.adapter_artifact import StoredAdapter, open_adapter
 from deploy.architecture import decoder_names
@@ -34,8 +35,9 @@ from deploy.loading import LoadedModel, load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
+from deploy.shortcut_merge import merge_stored_adapter
 from deploy.staging import require_free_space
-from reslora.merge import MergeMethod, merge_adapter
+from reslora.merge import MergeMethod
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
 from rolora.online import install_online_rotations
@@ -216,7 +218,7 @@ def merge_rotate_quantize(
     plan = choose_rotation(names, settings.rotation, adapter)
     with new_artifact(output) as directory:
         with torch.no_grad():
-            merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings.merge, progress)
+            merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings, progress)
         progress("quantizing")
         errors = _quantize(loaded, names, settings, layer_progress)
         progress("writing the checkpoint")
@@ -289,7 +291,7 @@ def _merge_and_rotate(
     names: DecoderNames,
     plan: RotationPlan | None,
     adapter: StoredAdapter | None,
-    method: MergeMethod,
+    settings: CheckpointSettings,
     progress: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Bring adapter and rotation into the weights, in the order of the adapter's basis."""
@@ -301,7 +303,9 @@ def _merge_and_rotate(
     if adapter is not None:
         progress(f"merging {adapter.directory}")
         try:
-            report = merge_adapter(loaded.model, adapter.adapter, method).to_dict()
+            report = merge_stored_adapter(
+                loaded.model, names, adapter, settings.merge, lambda: _calibration(loaded, settings)
+            )
         except ValueError as error:
             raise ArtifactError(f"{adapter.directory}: cannot be merged: {error}") from error
     if plan is None:
@@ -312,6 +316,15 @@ def _merge_and_rotate(
     if plan is not None:
         install_online_rotations(loaded.model, plan, names)
     return report
+
+
+def _calibration(loaded: LoadedModel, settings: CheckpointSettings) -> list[dict[str, Tensor]]:
+    return calibration_batches(
+        loaded.tokenizer,
+        settings.calibration,
+        windows=settings.calibration_windows,
+        tokens=min(settings.calibration_tokens, loaded.model.config.max_position_embeddings),
+    )
 
 
 def _quantize(
@@ -328,12 +341,7 @@ def _quantize(
     def count(_fqn: str) -> None:
         layer_progress(next(done), total)
 
-    batches = calibration_batches(
-        loaded.tokenizer,
-        settings.calibration,
-        windows=settings.calibration_windows,
-        tokens=min(settings.calibration_tokens, loaded.model.config.max_position_embeddings),
-    )
+    batches = _calibration(loaded, settings)
     try:
         return quantize_decoder(loaded.model, names, settings.recipe, batches, count)
     except ValueError as error:

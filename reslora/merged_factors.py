@@ -67,10 +67,14 @@ Factors = tuple[Tensor, Tensor]
 """A [rank, in] and B [out, rank], float64."""
 
 
+def merges_exactly(adapter: Adapter) -> bool:
+    """Return whether every branch is a linear map of the layer's own input."""
+    return adapter.config.structure in EXACT_STRUCTURES or adapter.config.reach == 0
+
+
 def needs_statistics(adapter: Adapter, method: MergeMethod) -> bool:
     """Return whether `merged_factors` must be given statistics."""
-    merges_exactly = adapter.config.structure in EXACT_STRUCTURES or adapter.config.reach == 0
-    return not merges_exactly and method not in (MergeMethod.EXACT, MergeMethod.DROP)
+    return not merges_exactly(adapter) and method not in (MergeMethod.EXACT, MergeMethod.DROP)
 
 
 def merged_factors(
@@ -92,7 +96,7 @@ def merged_factors(
             adapter.
     """
     structure = adapter.config.structure
-    exact = structure in EXACT_STRUCTURES or adapter.config.reach == 0
+    exact = merges_exactly(adapter)
     if method is MergeMethod.EXACT and not exact:
         raise ValueError(
             f"merge method {method.value!r} cannot merge structure {structure!s}: its shortcut is "

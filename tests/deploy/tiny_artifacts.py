@@ -39,6 +39,8 @@ def make_checkpoint(
     *,
     rotate: str | None = None,
     adapter: Path | None = None,
+    merge: MergeMethod = MergeMethod.EXACT,
+    windows: int = 1,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
@@ -46,11 +48,11 @@ def make_checkpoint(
     settings = CheckpointSettings(
         model=str(model),
         adapter=adapter,
-        merge=MergeMethod.EXACT,
+        merge=merge,
         rotation=rotation,
         recipe=choose_recipe(scheme, rotation=rotation, **recipe),
         calibration=None,
-        calibration_windows=1,
+        calibration_windows=windows,
         calibration_tokens=64,
     )
     merge_rotate_quantize(settings, output)

@@ -1,0 +1,62 @@
+"""The middle stage on adapters whose shortcut can only be approximated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.artifact import verify_files
+from deploy.errors import ArtifactError
+from deploy.finetune import Method, finetune
+from reslora.config import Structure
+from reslora.merge import MergeMethod
+from tests.deploy.tiny_artifacts import finetune_settings, make_checkpoint, save_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("shortcut") / "tiny", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module", params=[Structure.INPUT, Structure.MIDDLE])
+def adapter(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Trained in a rotated basis, with online rotations, which the observation must include."""
+    base = tmp_path_factory.mktemp("adapter")
+    settings = finetune_settings(model, write_rows(base / "rows.jsonl"), Method.ROLORA)
+    settings = replace(settings, adapter=replace(settings.adapter, structure=request.param))
+    finetune(settings, base / "adapter")
+    return base / "adapter"
+
+
+def merge_details(checkpoint: Path) -> Any:
+    return verify_files(checkpoint).details["merge"]
+
+
+def test_the_error_of_every_layer_is_reported_and_fitting_beats_dropping(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    mean_errors = {}
+    for method in (MergeMethod.LEAST_SQUARES, MergeMethod.WEIGHT_NORM, MergeMethod.DROP):
+        checkpoint = make_checkpoint(
+            model, tmp_path / method, "FP32", adapter=adapter, merge=method, windows=4
+        )
+        details = merge_details(checkpoint)
+        assert details["method"] == method
+        assert len(details["errors"]) == len(details["layers"]) == 3 * 7
+        mean_errors[method] = sum(e["branch_error"] for e in details["errors"]) / (3 * 7)
+    assert 0 < mean_errors[MergeMethod.LEAST_SQUARES] < mean_errors[MergeMethod.DROP]
+
+
+def test_what_cannot_be_merged_says_what_to_do(model: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"'exact' cannot merge .* use 'least-squares'"):
+        make_checkpoint(model, tmp_path / "out", "FP32", adapter=adapter)
+    with pytest.raises(ArtifactError, match="needs 2 windows of calibration text, got 1"):
+        make_checkpoint(
+            model, tmp_path / "out", "FP32", adapter=adapter, merge=MergeMethod.INPUT_NORM
+        )
+    assert not (tmp_path / "out").exists()
