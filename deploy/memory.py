@@ -1,12 +1,35 @@
-"""Peak memory of this process, for reports."""
+"""This process's memory: its peak, and giving back to the system what was freed."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
 import sys
+from collections.abc import Callable
 
 
 def peak_memory_bytes() -> int:
     """Return the largest resident set that this process has had so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_free_memory() -> None:
+    """Ask the C library to return freed pages to the system; does nothing where it cannot.
+
+    Quantizing frees and allocates blocks of every size by turns. glibc keeps what lies between two
+    living blocks, which had grown to four times the model after 30 layers.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's malloc_trim, or None with another C library."""
+    if not sys.platform.startswith("linux"):
+        return None
+    function: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return function

@@ -32,7 +32,7 @@ from deploy.calibration_text import calibration_batches
 from deploy.checkpoint import formats_to_details, weights_bytes, write_weights
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import LoadedModel, load_model, save_tokenizer
-from deploy.memory import peak_memory_bytes
+from deploy.memory import peak_memory_bytes, release_free_memory
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from deploy.shortcut_merge import merge_stored_adapter
@@ -339,6 +339,7 @@ def _quantize(
     done = itertools.count(1)
 
     def count(_fqn: str) -> None:
+        release_free_memory()
         layer_progress(next(done), total)
 
     batches = _calibration(loaded, settings)

@@ -14,8 +14,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import datasets
-
 from reslora.row_formats import Example, parse_row
 
 __all__ = ["Example", "parse_row", "read_rows", "split_validation"]
@@ -154,6 +152,8 @@ def _text_pieces(path: Path) -> Iterator[Example]:
 
 def _hub_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
     try:
+        import datasets  # here, since it takes 85 MB that only a hub id needs
+
         data = datasets.load_dataset(source, split=split)
     except Exception as error:
         # the hub client raises many unrelated types; whichever it is, the user named the source

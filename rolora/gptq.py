@@ -95,16 +95,16 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """Return the upper Cholesky factor U of the damped inverse, H^-1 = U^T U, float32."""
     damped = hessian.double()
     mean = float(damped.diagonal().mean())
-    # A column that never was non-zero has no say in any other, and mean 0 means there is none that
-    # has.
+    # A column that never was non-zero has no say in any other; mean 0 means that none has.
     share = _DAMPING * (mean if mean > 0.0 else 1.0)
     for _ in range(_DAMPING_TRIES):
-        trial = damped + share * torch.eye(len(damped), dtype=torch.float64)
-        lower, failed = torch.linalg.cholesky_ex(trial)
+        trial = damped.clone()
+        trial.diagonal().add_(share)
+        trial, failed = torch.linalg.cholesky_ex(trial)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            trial, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(trial), upper=True)
         if not failed:
-            upper: Tensor = factor.float()
+            upper: Tensor = trial.float()
             return upper
         share *= 10.0
     raise ValueError(

@@ -175,7 +175,7 @@ def _quantize_linear(
 def _relative_error(weight: Tensor, quantized: QuantizedLinear) -> float:
     """Return ||W' - W|| / ||W||, in row chunks: a head may be large."""
     difference = total = 0.0
-    rows = max(1, (1 << 22) // weight.shape[1])
+    rows = max(1, (1 << 20) // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         piece = QuantizedLinear(

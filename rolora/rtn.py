@@ -13,8 +13,8 @@ from torch import Tensor
 from rolora.affine import quantize, weight_range
 from rolora.scheme import WeightSpec
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Elements searched at a time: bounds the temporaries to a few times 16 MiB."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Elements searched at a time: bounds the temporaries to a few times 4 MiB."""
 
 _SMALLEST_SCALE = 1e-30
 """Lower bound of a row's scale, so that a row of subnormal numbers has none of 0."""
