@@ -54,15 +54,8 @@ def merge_errors(
     Raises:
         ValueError: As `merged_factors`; model and adapter differ in layers; there is no token.
     """
-    layers: dict[str, Any] = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
     factors = dict(merged_factors(adapter, method, statistics))
-    if layers.keys() != factors.keys():
-        differing = sorted(layers.keys() ^ factors.keys())
-        raise ValueError(f"model and adapter differ in layers: {', '.join(differing[:5])}")
+    layers = wrapped_layers(model, factors)
     watches = {
         fqn: _Watch(fqn, layer, factors[fqn], adapter.config.scaling)
         for fqn, layer in layers.items()
@@ -81,6 +74,23 @@ def merge_errors(
             watch.remove()
         model.train(was_training)
     return tuple(watch.error() for watch in watches.values())
+
+
+def wrapped_layers(model: PeftModel, factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """Return the LoRA layers of an attached model by the FQN their linears had.
+
+    Raises:
+        ValueError: They are not those of `factors`.
+    """
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    if layers.keys() != factors.keys():
+        differing = sorted(layers.keys() ^ factors.keys())
+        raise ValueError(f"model and adapter differ in layers: {', '.join(differing[:5])}")
+    return layers
 
 
 class _Watch:
