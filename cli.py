@@ -58,6 +58,7 @@ class StructureName(StrEnum):
 class MergeName(StrEnum):
     """Values of --merge."""
 
+    AUTO = "auto"
     EXACT = "exact"
     LEAST_SQUARES = "least-squares"
     LEAST_SQUARES_SCALAR = "least-squares-scalar"
@@ -240,7 +241,8 @@ def merge_rotate_quantize_command(
         MergeName,
         typer.Option(
             help="How the adapter is merged: exact for block and plain LoRA; the others for input "
-            "and middle, measured on the calibration text."
+            "and middle, measured on the calibration text; auto tries all that fit and takes the "
+            "nearest to the unmerged model."
         ),
     ] = MergeName.EXACT,
     rotate: Annotated[
@@ -315,7 +317,7 @@ def merge_rotate_quantize_command(
     settings = CheckpointSettings(
         model=model,
         adapter=adapter,
-        merge=MergeMethod(merge),
+        merge=None if merge is MergeName.AUTO else MergeMethod(merge),
         rotation=rotation,
         recipe=recipe,
         calibration=calibration,
@@ -333,13 +335,15 @@ def merge_rotate_quantize_command(
             lambda step: bar.update(task, description=step),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
+    result = report.to_dict()
     _finish(
-        report.to_dict(),
+        result,
         as_json,
         [
             ("checkpoint", str(output)),
-            ("scheme", str(report.to_dict()["scheme"])),
-            ("quantized layers", str(report.to_dict()["quantized_layers"])),
+            ("scheme", str(result["scheme"])),
+            *_merge_rows(result["merge"] or {}),
+            ("quantized layers", str(result["quantized_layers"])),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
         ],
@@ -594,6 +598,18 @@ def _finish(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) 
 
 def _print_json(result: dict[str, Any]) -> None:
     stdout.out(json.dumps(result, indent=2, default=str), highlight=False)
+
+
+def _merge_rows(merge: dict[str, Any]) -> list[tuple[str, str]]:
+    """Show how an adapter was merged and how far that is from the unmerged model."""
+    if "kl_mean" not in merge:
+        return [("merge", merge["method"])] if merge else []
+    kl, agreement = merge["kl_mean"], merge["top1_agreement"]
+    chosen = f"{merge['method']}, KL to unmerged {kl:.3g}, top-1 agreement {agreement:.1%}"
+    tried = [
+        f"{name} {found['kl_mean']:.3g}" for name, found in merge.get("candidates", {}).items()
+    ]
+    return [("merge", chosen)] + [("KL of each method", ", ".join(tried))] * bool(tried)
 
 
 def _first_and_last(points: list[list[float]]) -> str:

@@ -35,7 +35,7 @@ from deploy.loading import LoadedModel, load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
-from deploy.shortcut_merge import merge_stored_adapter
+from deploy.shortcut_merge import AUTO, merge_stored_adapter
 from deploy.staging import require_free_space
 from reslora.merge import MergeMethod
 from rolora.decoder import DecoderNames
@@ -131,7 +131,8 @@ class CheckpointSettings:
 
     model: str
     adapter: Path | None
-    merge: MergeMethod
+    merge: MergeMethod | None
+    """None: exact where that is possible, else the nearest to the unmerged model."""
     rotation: RotationChoice | None
     """None: the adapter's own rotation, or R1, R2 and R4 where it has none."""
     recipe: QuantizationRecipe | None
@@ -151,7 +152,7 @@ class CheckpointSettings:
         return {
             "model": self.model,
             "adapter": None if self.adapter is None else str(self.adapter),
-            "merge": str(self.merge),
+            "merge": str(self.merge or AUTO),
             "rotate": None if choice is None else sorted(choice.names),
             "rotation_kind": None if choice is None else str(choice.kind),
             "rotation_seed": None if choice is None else choice.seed,
@@ -173,10 +174,13 @@ class CheckpointReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         rounding: Any = self.manifest.details["rounding"]
+        merge: Any = self.manifest.details["merge"] or {}
+        model_wide = ("method", "kl_mean", "top1_agreement", "candidates")
         return {
             "output": str(self.output),
             "digest": self.manifest.digest,
             "scheme": self.manifest.details["scheme"],
+            "merge": {key: merge[key] for key in model_wide if key in merge} or None,
             "quantized_layers": len(rounding),
             "largest_rounding_error": max(
                 rounding.values(), key=lambda layer: layer["relative_error"], default=None

@@ -159,6 +159,30 @@ def test_the_stages_run_from_the_command_line_with_json(
     assert json.loads(result.out)["prefill_tokens_per_s"] > 0
 
 
+def test_a_merge_says_how_far_it_is_from_the_unmerged_model(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    result = terminal(
+        *("finetune", "--model", base / "model", "--data", base / "rows.jsonl"),
+        *("--output", tmp_path / "adapter", "--max-steps", 1, "--batch-size", 2),
+        *("--max-tokens", 48, "--rank", 2, "--structure", "input"),
+    )
+    assert result.code == 0, result.err
+    merge = mrq(base, "--adapter", tmp_path / "adapter", "--scheme", "FP32", "--merge")
+    result = terminal(*merge, "auto", "--output", tmp_path / "auto", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)["merge"]
+    assert report["kl_mean"] == min(each["kl_mean"] for each in report["candidates"].values())
+    result = terminal(*merge, "auto", "--output", tmp_path / "auto")  # it is there already
+    assert f"{report['method']}, KL to unmerged {report['kl_mean']:.3g}, top-1" in result.out
+    assert f"input-norm {report['candidates']['input-norm']['kl_mean']:.3g}, " in result.out
+    result = terminal(*merge, "drop", "--output", tmp_path / "drop")
+    assert "drop, KL to unmerged" in result.out
+    assert "KL of each method" not in result.out
+    result = terminal(*merge, "auto", "--output", tmp_path / "dry", "--dry-run")
+    assert json.loads(result.out)["merge"] == "auto"
+
+
 def test_results_are_readable_without_json(terminal: Terminal, base: Path) -> None:
     result = terminal("inspect", base / "adapter", "--verify")
     assert result.code == 0

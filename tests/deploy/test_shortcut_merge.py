@@ -11,9 +11,17 @@ import pytest
 from deploy.artifact import verify_files
 from deploy.errors import ArtifactError
 from deploy.finetune import Method, finetune
+from deploy.shortcut_merge import APPROXIMATIONS
 from reslora.config import Structure
 from reslora.merge import MergeMethod
-from tests.deploy.tiny_artifacts import finetune_settings, make_checkpoint, save_model, write_rows
+from reslora.merge_divergence import Divergence
+from tests.deploy.tiny_artifacts import (
+    finetune_settings,
+    make_adapter,
+    make_checkpoint,
+    save_model,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +56,66 @@ def test_the_error_of_every_layer_is_reported_and_fitting_beats_dropping(
         details = merge_details(checkpoint)
         assert details["method"] == method
         assert len(details["errors"]) == len(details["layers"]) == 3 * 7
+        assert details["kl_mean"] > 0
+        assert 0 <= details["top1_agreement"] <= 1
+        assert "candidates" not in details
         mean_errors[method] = sum(e["branch_error"] for e in details["errors"]) / (3 * 7)
     assert 0 < mean_errors[MergeMethod.LEAST_SQUARES] < mean_errors[MergeMethod.DROP]
+
+
+def test_auto_takes_the_method_nearest_to_the_unmerged_model(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(
+        model, tmp_path / "auto", "FP32", adapter=adapter, merge=None, windows=4
+    )
+    details = merge_details(checkpoint)
+    figures = {name: found["kl_mean"] for name, found in details["candidates"].items()}
+    assert set(figures) == set(APPROXIMATIONS)
+    assert details["method"] == min(figures, key=lambda name: figures[name])
+    assert details["kl_mean"] == figures[details["method"]] < max(figures.values())
+    alone = make_checkpoint(
+        *(model, tmp_path / "alone", "FP32"),
+        adapter=adapter,
+        merge=MergeMethod(details["method"]),
+        windows=4,
+    )
+    for key in ("method", "kl_mean", "top1_agreement", "layers", "errors"):
+        assert merge_details(alone)[key] == details[key]
+
+
+@pytest.mark.parametrize("nearest", [APPROXIMATIONS[0], APPROXIMATIONS[2], APPROXIMATIONS[-1]])
+def test_auto_goes_by_the_figures_and_not_by_an_order_of_methods(
+    model: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nearest: MergeMethod,
+) -> None:
+    def measured(
+        attached: object, stored: object, methods: tuple[MergeMethod, ...], *_: object
+    ) -> dict[MergeMethod, Divergence]:
+        # whoever goes by the agreement, or by the greatest KL, mostly takes another method
+        return {
+            method: Divergence(0.1 + abs(index - methods.index(nearest)), 0.1 * index)
+            for index, method in enumerate(methods)
+        }
+
+    monkeypatch.setattr("deploy.shortcut_merge.merge_divergences", measured)
+    checkpoint = make_checkpoint(
+        model, tmp_path / "out", "FP32", adapter=adapter, merge=None, windows=4
+    )
+    assert merge_details(checkpoint)["method"] == nearest
+    assert merge_details(checkpoint)["kl_mean"] == 0.1
+
+
+@pytest.mark.parametrize("method", ["reslora", "lora"])
+def test_auto_is_exact_where_that_is_possible(model: Path, tmp_path: Path, method: str) -> None:
+    exact = make_adapter(model, tmp_path / "adapter", method)
+    checkpoint = make_checkpoint(model, tmp_path / "out", "FP32", adapter=exact, merge=None)
+    details = merge_details(checkpoint)
+    assert details["method"] == MergeMethod.EXACT
+    assert "kl_mean" not in details
 
 
 def test_what_cannot_be_merged_says_what_to_do(model: Path, adapter: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def make_checkpoint(
     *,
     rotate: str | None = None,
     adapter: Path | None = None,
-    merge: MergeMethod = MergeMethod.EXACT,
+    merge: MergeMethod | None = MergeMethod.EXACT,
     windows: int = 1,
     **recipe: Any,
 ) -> Path:
