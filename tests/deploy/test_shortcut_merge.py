@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from deploy.adapter_artifact import open_adapter
+from deploy.architecture import decoder_names
 from deploy.artifact import verify_files
+from deploy.calibration_text import calibration_batches
+from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError
 from deploy.finetune import Method, finetune
+from deploy.loading import load_model
+from deploy.rotate import rotate_model
 from deploy.shortcut_merge import APPROXIMATIONS
+from reslora.adapter import restore_adapter
+from reslora.attach import attach_adapters
 from reslora.config import Structure
 from reslora.merge import MergeMethod
 from reslora.merge_divergence import Divergence
+from rolora.online import install_online_rotations
 from tests.deploy.tiny_artifacts import (
     finetune_settings,
     make_adapter,
@@ -61,6 +71,36 @@ def test_the_error_of_every_layer_is_reported_and_fitting_beats_dropping(
         assert "candidates" not in details
         mean_errors[method] = sum(e["branch_error"] for e in details["errors"]) / (3 * 7)
     assert 0 < mean_errors[MergeMethod.LEAST_SQUARES] < mean_errors[MergeMethod.DROP]
+
+
+def test_the_figure_is_the_divergence_of_the_checkpoint_from_the_attached_model(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    method = MergeMethod.WEIGHT_NORM
+    merged = make_checkpoint(
+        model, tmp_path / "out", "FP32", adapter=adapter, merge=method, windows=4
+    )
+    loaded, stored = load_model(str(model)), open_adapter(adapter)
+    names = decoder_names(loaded.model.config)
+    assert stored.rotation is not None
+    rotate_model(loaded, names, stored.rotation)
+    attached = attach_adapters(loaded.model, stored.adapter.config, list(stored.adapter.factors))
+    restore_adapter(attached, stored.directory)
+    held_out = calibration_batches(loaded.tokenizer, None, windows=4, tokens=64)[-1]
+    with Checkpoint(merged) as checkpoint, torch.no_grad():
+        log_q = checkpoint.load_model()(**held_out).logits.double().log_softmax(dim=-1)
+        without_rotation = attached.eval()(**held_out).logits.double().log_softmax(dim=-1)
+        install_online_rotations(attached, stored.rotation, names)
+        log_p = attached(**held_out).logits.double().log_softmax(dim=-1)
+
+    def divergence(log_p: torch.Tensor) -> float:
+        return float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
+
+    details = merge_details(merged)
+    assert details["kl_mean"] == pytest.approx(divergence(log_p), rel=1e-2)
+    assert details["kl_mean"] != pytest.approx(divergence(without_rotation), rel=1e-2)
+    agreements = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
+    assert details["top1_agreement"] == pytest.approx(float(agreements.double().mean()))
 
 
 def test_auto_takes_the_method_nearest_to_the_unmerged_model(
