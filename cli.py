@@ -292,12 +292,8 @@ def merge_rotate_quantize_command(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter, rotate outliers away, and quantize weights and activations."""
-    from deploy.merge_rotate_quantize import (
-        CheckpointSettings,
-        choose_recipe,
-        merge_rotate_quantize,
-        parse_rotation,
-    )
+    from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
+    from deploy.merge_rotate_quantize import merge_rotate_quantize
     from reslora.merge import MergeMethod
     from rolora.rotation import RotationKind
 

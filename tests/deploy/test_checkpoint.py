@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from deploy.architecture import decoder_names
 from deploy.artifact import MANIFEST_NAME
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint, formats_to_details, weights_bytes
+from deploy.checkpoint_settings import choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model
-from deploy.merge_rotate_quantize import choose_recipe
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.quantize import plan_layers
 from rolora.scheme import Granularity

@@ -13,14 +13,10 @@ from deploy.adapter_artifact import open_adapter
 from deploy.architecture import decoder_names
 from deploy.artifact import read_manifest, verify_files
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint_settings import RotationChoice, choose_recipe, parse_rotation
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.loading import load_model
-from deploy.merge_rotate_quantize import (
-    RotationChoice,
-    choose_recipe,
-    choose_rotation,
-    parse_rotation,
-)
+from deploy.merge_rotate_quantize import choose_rotation
 from rolora.rotation import RotationKind, RotationName
 from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, save_model

@@ -6,14 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
 from deploy.export import ExportReport, Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
-from deploy.merge_rotate_quantize import (
-    CheckpointSettings,
-    choose_recipe,
-    merge_rotate_quantize,
-    parse_rotation,
-)
+from deploy.merge_rotate_quantize import merge_rotate_quantize
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings

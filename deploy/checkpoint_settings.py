@@ -1,0 +1,130 @@
+"""What the middle stage is asked to do, with the defaults filled in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.errors import ConfigError
+from deploy.shortcut_merge import AUTO
+from reslora.merge import MergeMethod
+from rolora.rotation import RotationKind, RotationName
+from rolora.scheme import QuantizationRecipe, Scheme, WeightMethod
+
+FLOAT_SCHEME = "FP32"
+"""Scheme of a checkpoint that is merged and rotated, but not quantized."""
+
+
+@dataclass(frozen=True)
+class RotationChoice:
+    """Which rotations to draw for a model whose adapter brings none."""
+
+    names: frozenset[RotationName]
+    kind: RotationKind = RotationKind.HADAMARD
+    seed: int = 0
+
+
+def parse_rotation(text: str | None, kind: RotationKind, seed: int) -> RotationChoice | None:
+    """Read `r1,r2,r4` or `none`; None if text, kind and seed were all left at their defaults.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    if text is None:
+        if (kind, seed) == (RotationKind.HADAMARD, 0):
+            return None
+        return RotationChoice(frozenset(RotationName), kind, seed)
+    words = [word.strip().upper() for word in text.split(",") if word.strip()]
+    if words == ["NONE"]:
+        return RotationChoice(frozenset(), kind, seed)
+    unknown = [word for word in words if word not in set(RotationName)]
+    if unknown or not words:
+        raise ConfigError(
+            f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got "
+            f"{', '.join(unknown) or text}"
+        )
+    return RotationChoice(frozenset(RotationName(word) for word in words), kind, seed)
+
+
+def choose_recipe(
+    scheme: str,
+    *,
+    rotation: RotationChoice | None,
+    weights: str = WeightMethod.GPTQ,
+    group_size: int | None = None,
+    clip_search: bool = True,
+    activation_clip: float | None = None,
+    static: bool | None = None,
+    embedding_bits: int = 8,
+    head_bits: int = 8,
+) -> QuantizationRecipe | None:
+    """Fill in what the user left open; None for FP32.
+
+    Args:
+        scheme: `W8A8`, `W4A4` ... or `FP32`.
+        rotation: The user's choice; static scales pay where R1 spreads the outliers.
+        weights: `rtn` or `gptq`.
+        group_size: Of the block weights.
+        clip_search: Search the clipping point of weight scales.
+        activation_clip: Of per-token scales; None is 1, or 0.9 for activations below 6 bits.
+        static: Calibrated scales after norms; None is yes if R1 is used.
+        embedding_bits: 8 or 32.
+        head_bits: 8 or 32.
+
+    Raises:
+        ValueError: The scheme is unknown or a value is out of range.
+    """
+    if scheme.strip().upper() == FLOAT_SCHEME:
+        return None
+    parsed = Scheme.parse(scheme)
+    rotated = rotation is None or RotationName.R1 in rotation.names
+    default_clip = 0.9 if parsed.activation_bits < 6 else 1.0
+    return QuantizationRecipe(
+        parsed,
+        weights=WeightMethod(weights),
+        group_size=group_size,
+        clip_search=clip_search,
+        activation_clip=default_clip if activation_clip is None else activation_clip,
+        static_after_norm=rotated if static is None else static,
+        embedding_bits=embedding_bits,
+        head_bits=head_bits,
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Resolved settings of the stage."""
+
+    model: str
+    adapter: Path | None
+    merge: MergeMethod | None
+    """None: exact where that is possible, else the nearest to the unmerged model."""
+    rotation: RotationChoice | None
+    """None: the adapter's own rotation, or R1, R2 and R4 where it has none."""
+    recipe: QuantizationRecipe | None
+    """None leaves the weights in float32."""
+    calibration: str | None
+    calibration_windows: int = 16
+    calibration_tokens: int = 512
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the settings as plain data for the manifest."""
+        recipe = (
+            None
+            if self.recipe is None
+            else asdict(self.recipe) | {"scheme": str(self.recipe.scheme)}
+        )
+        choice = self.rotation
+        return {
+            "model": self.model,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "merge": str(self.merge or AUTO),
+            "rotate": None if choice is None else sorted(choice.names),
+            "rotation_kind": None if choice is None else str(choice.kind),
+            "rotation_seed": None if choice is None else choice.seed,
+            "recipe": recipe,
+            "calibration": self.calibration,
+            "calibration_windows": self.calibration_windows,
+            "calibration_tokens": self.calibration_tokens,
+        }
