@@ -112,11 +112,7 @@ class Checkpoint:
         Raises:
             ArtifactError: There is no such tensor.
         """
-        if key not in self._keys:
-            raise ArtifactError(
-                f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
-                f"checkpoint again"
-            )
+        self._require(key)
         array: np.ndarray = self._tensors.get_tensor(key)
         return array
 
@@ -126,12 +122,15 @@ class Checkpoint:
         Raises:
             ArtifactError: There is no such tensor.
         """
+        self._require(key)
+        return tuple(self._tensors.get_slice(key).get_shape())
+
+    def _require(self, key: str) -> None:
         if key not in self._keys:
             raise ArtifactError(
                 f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
                 f"checkpoint again"
             )
-        return tuple(self._tensors.get_slice(key).get_shape())
 
     def linear(self, fqn: str) -> StoredLinear:
         """Describe one linear."""
@@ -169,14 +168,14 @@ class Checkpoint:
         for fqn in (*self.names.linears(), self.names.head):
             linear = self.linear(fqn)
             if linear.activation is not None:
-                _set_module(model, fqn, self._quantized_linear(linear))
+                model.set_submodule(fqn, self._quantized_linear(linear))
         embedding = self.names.embedding
         if self.has(f"{embedding}.weight_scale"):
             table, scale = (
                 self._tensor(f"{embedding}.weight"),
                 self._tensor(f"{embedding}.weight_scale"),
             )
-            _set_module(model, embedding, QuantizedEmbedding(table, scale))
+            model.set_submodule(embedding, QuantizedEmbedding(table, scale))
         remaining = {
             name: self._tensor(name)
             for name, parameter in model.named_parameters()
@@ -262,14 +261,9 @@ def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, 
     return formats
 
 
-def _set_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    parent, _, child = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _restore_buffers(model: PreTrainedModel, config: PretrainedConfig) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies) anew."""
     for name, module in list(model.named_modules()):
         on_meta = any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False))
         if on_meta:
-            _set_module(model, name, type(module)(config=config))
+            model.set_submodule(name, type(module)(config=config))

@@ -13,7 +13,7 @@ ONNX directory through one protocol, so that figures compare.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -188,11 +188,10 @@ def evaluation_summary(
     model: str, reference: str | None, results: dict[str, float], windows: Windows
 ) -> dict[str, Any]:
     """Return the JSON shape that `rolora evaluate --json` prints."""
-    shapes: Sequence[int] = [len(window) for window in windows.ids]
     return {
         "model": model,
         "reference": reference,
-        "windows": len(shapes),
-        "window_tokens": shapes[0],
+        "windows": len(windows.ids),
+        "window_tokens": len(windows.ids[0]),
         "results": results,
     }

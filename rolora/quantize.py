@@ -193,8 +193,7 @@ def _relative_error(weight: Tensor, quantized: QuantizedLinear) -> float:
 
 def _replace(model: nn.Module, fqn: str, module: nn.Module) -> None:
     """Put a module in the place of another and keep its pre-hooks (online rotations)."""
-    parent, _, child = fqn.rpartition(".")
     old = model.get_submodule(fqn)
     for hook in old._forward_pre_hooks.values():
         module.register_forward_pre_hook(hook)
-    setattr(model.get_submodule(parent), child, module)
+    model.set_submodule(fqn, module)
