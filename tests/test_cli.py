@@ -18,6 +18,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import cli
+from deploy.export import ExportFormat, Target
+from deploy.finetune import Method
+from deploy.shortcut_merge import AUTO
+from reslora.config import Structure
+from reslora.merge import MergeMethod
+from rolora.rotation import RotationKind
+from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
     make_adapter,
     make_checkpoint,
@@ -466,3 +473,20 @@ def test_ctrl_c_while_a_stage_writes_leaves_nothing_that_looks_finished(
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"out.training"}, "only training checkpoints stay, for --resume"
     assert (left == {"out.training"}) == (module == "deploy.finetune")
+
+
+@pytest.mark.parametrize(
+    ("offered", "known"),
+    [
+        (cli.MethodName, Method),
+        (cli.StructureName, Structure),
+        (cli.MergeName, [*MergeMethod, AUTO]),
+        (cli.KindName, RotationKind),
+        (cli.WeightsName, WeightMethod),
+        (cli.FormatName, ExportFormat),
+        (cli.TargetName, Target),
+    ],
+)
+def test_the_choices_offered_are_those_that_the_stages_know(offered: Any, known: Any) -> None:
+    # cli.py spells them again, since importing the stages for --help would take seconds.
+    assert {str(choice) for choice in offered} == {str(choice) for choice in known}
