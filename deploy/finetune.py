@@ -40,6 +40,7 @@ from reslora.row_formats import Example
 from reslora.rows import read_rows
 from reslora.settings import TrainSettings
 from reslora.train import TrainReport, train_adapter
+from reslora.training_data import language_data
 from rolora.decoder import DecoderNames
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan
@@ -148,9 +149,8 @@ def finetune(
             install_online_rotations(model, plan, names)
         _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
         progress(f"training on {len(examples)} examples")
-        training = train_adapter(
-            model, loaded.tokenizer, examples, validation, settings.training, checkpoints, resume
-        )
+        data = language_data(examples, validation, loaded.tokenizer, settings.training)
+        training = train_adapter(model, data, settings.training, checkpoints, resume)
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
     if _process_rank() != 0:

@@ -14,22 +14,18 @@ where torch's gloo carries the gradients. `batch_size` is then per process.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
 import resource
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import (
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerState,
@@ -38,21 +34,13 @@ from transformers import (
 
 from reslora.adapter import restore_adapter
 from reslora.attach import attached_config
-from reslora.batches import (
-    Row,
-    TokenSequence,
-    collate_rows,
-    encode_examples,
-    pack_sequences,
-    schedule_rows,
-)
+from reslora.batches import schedule_rows
 from reslora.checkpoints import newest_complete, refuse_existing, step_of
 from reslora.live_chain import recompute_contexts
 from reslora.progress import TrainingProgress
-from reslora.row_formats import Example
-from reslora.rows import split_validation
 from reslora.settings import TrainSettings
 from reslora.trainer import AdapterTrainer, RowDataset
+from reslora.training_data import TrainingData
 
 __all__ = ["TrainReport", "TrainSettings", "train_adapter"]
 
@@ -90,9 +78,7 @@ class TrainReport:
 
 def train_adapter(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    validation: Sequence[Example] | None,
+    data: TrainingData,
     settings: TrainSettings,
     checkpoint_dir: Path,
     resume: bool,
@@ -101,9 +87,7 @@ def train_adapter(
 
     Args:
         model: The attached model; hooks on its layers stay where they are.
-        tokenizer: The model's tokenizer.
-        examples: Training examples.
-        validation: Validation examples; None splits `settings.validation_fraction` off `examples`.
+        data: What it learns from.
         settings: The run's settings.
         checkpoint_dir: Where checkpoints go. The final artifact is the caller's to save.
         resume: Continue from the newest complete checkpoint; without one, start at the beginning.
@@ -115,27 +99,17 @@ def train_adapter(
         ValueError: No data to learn from, a loss or weight that is not finite (names the step), or
             a checkpoint directory that belongs to another run.
     """
-    if validation is None:
-        examples, validation = split_validation(
-            examples, settings.validation_fraction, settings.seed
-        )
-    train_rows = _rows(encode_examples(examples, tokenizer, settings.max_tokens), settings)
-    eval_rows: list[Row] = []
-    if validation:
-        eval_rows = _rows(encode_examples(validation, tokenizer, settings.max_tokens), settings)
-        eval_rows.sort(key=_row_length)
-    arguments = _arguments(settings, checkpoint_dir, validate=bool(eval_rows))
+    arguments = _arguments(settings, checkpoint_dir, validate=bool(data.validation))
     group = settings.batch_size * settings.gradient_accumulation * arguments.world_size
-    steps = settings.max_steps or math.ceil(settings.epochs * len(train_rows) / group)
+    steps = settings.max_steps or math.ceil(settings.epochs * len(data.train) / group)
     arguments.max_steps = steps
-    lengths = [_row_length(row) for row in train_rows]
-    order = schedule_rows(lengths, steps * group, group, settings.seed)
+    order = schedule_rows(data.train_lengths, steps * group, group, settings.seed)
     tokens_until = [0]
     for step in range(steps):
         batch = order[step * group : (step + 1) * group]
-        tokens_until.append(tokens_until[-1] + sum(lengths[index] for index in batch))
+        tokens_until.append(tokens_until[-1] + sum(data.train_lengths[index] for index in batch))
 
-    fingerprint = _fingerprint(model, train_rows, settings, arguments.world_size)
+    fingerprint = _fingerprint(model, data, settings, arguments.world_size)
     checkpoint = newest_complete(checkpoint_dir, fingerprint) if resume else None
     if not resume:
         refuse_existing(checkpoint_dir)
@@ -146,13 +120,14 @@ def train_adapter(
     _declare_float(model)
     _warn_if_alone(arguments.world_size)
     progress = TrainingProgress(tokens_until)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
-        data_collator=partial(collate_rows, pad_id=pad_id),
-        train_dataset=RowDataset(train_rows, order),
-        eval_dataset=RowDataset(eval_rows, range(len(eval_rows))) if eval_rows else None,
+        data_collator=data.collate,
+        train_dataset=RowDataset(data.train, order),
+        eval_dataset=RowDataset(data.validation, range(len(data.validation)))
+        if data.validation
+        else None,
         callbacks=[progress],
     )
     trainer.fingerprint = fingerprint
@@ -165,7 +140,7 @@ def train_adapter(
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if eval_rows and not any(step == steps for step, _ in _history(trainer, "eval_loss")):
+        if data.validation and not any(step == steps for step, _ in _history(trainer, "eval_loss")):
             trainer.evaluate()
     finally:
         progress.close()
@@ -180,8 +155,8 @@ def train_adapter(
         steps=steps,
         resumed_from_step=first_step,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        train_rows=len(train_rows),
-        validation_rows=len(eval_rows),
+        train_rows=len(data.train),
+        validation_rows=len(data.validation),
         loss=_history(trainer, "loss"),
         eval_loss=_history(trainer, "eval_loss"),
         seconds=seconds,
@@ -209,16 +184,6 @@ def _declare_float(model: PeftModel) -> None:
     weights_are_float = all(parameter.is_floating_point() for parameter in base.parameters())
     if getattr(base, "is_quantized", False) and weights_are_float:
         base.is_quantized = False
-
-
-def _rows(sequences: Sequence[TokenSequence], settings: TrainSettings) -> list[Row]:
-    if settings.packing:
-        return pack_sequences(sequences, settings.max_tokens)
-    return [(sequence,) for sequence in sequences]
-
-
-def _row_length(row: Row) -> int:
-    return sum(map(len, row))
 
 
 def _history(trainer: Trainer, key: str) -> tuple[tuple[int, float], ...]:
@@ -264,18 +229,14 @@ def _arguments(settings: TrainSettings, output: Path, *, validate: bool) -> Trai
 
 
 def _fingerprint(
-    model: PeftModel, rows: Sequence[Row], settings: TrainSettings, processes: int
+    model: PeftModel, data: TrainingData, settings: TrainSettings, processes: int
 ) -> dict[str, Any]:
     """Everything that decides the final weights, short enough to be compared key by key."""
-    data = hashlib.sha256()
-    for row in rows:
-        for sequence in row:
-            data.update(json.dumps([sequence.input_ids, sequence.labels]).encode())
     trained = sorted(name for name, p in model.named_parameters() if p.requires_grad)
     return {
         **asdict(settings),
         **{f"adapter_{key}": value for key, value in asdict(attached_config(model)).items()},
         "adapter_parameters_sha256": hashlib.sha256("\n".join(trained).encode()).hexdigest(),
-        "data_sha256": data.hexdigest(),
+        "data_sha256": data.digest(),
         "processes": processes,
     }

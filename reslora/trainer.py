@@ -20,14 +20,13 @@ from transformers import Trainer
 
 from reslora.adapter import restore_adapter, save_adapter
 from reslora.attach import attached_config
-from reslora.batches import Row
 from reslora.checkpoints import MARKER_FILE, mark_complete, prune
 
 
-class RowDataset(Dataset[Row]):
+class RowDataset(Dataset[Any]):
     """Rows in the order they are trained; one pass of the Trainer is the whole run."""
 
-    def __init__(self, rows: Sequence[Row], order: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[Any], order: Sequence[int]) -> None:
         """Show `rows` in `order`, which may name a row several times."""
         self._rows = rows
         self._order = order
@@ -36,7 +35,7 @@ class RowDataset(Dataset[Row]):
         """Return the number of rows in the run."""
         return len(self._order)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Any:
         """Return the row trained at place `index`."""
         return self._rows[self._order[index]]
 

@@ -15,6 +15,7 @@ from reslora.attach import attach_adapters
 from reslora.checkpoints import MARKER_FILE
 from reslora.config import AdapterConfig, Structure
 from reslora.train import TrainReport, TrainSettings, train_adapter
+from reslora.training_data import language_data
 from tests.reslora.tiny import build_llama, tiny_examples
 
 BLOCK = AdapterConfig(rank=3, structure=Structure.BLOCK)
@@ -33,7 +34,8 @@ def train(
 ) -> TrainReport:
     attached = attach_adapters(model, config, targets)
     examples = tiny_examples(12)
-    return train_adapter(attached, tokenizer, examples, None, settings, directory, resume)
+    data = language_data(examples, None, tokenizer, settings)
+    return train_adapter(attached, data, settings, directory, resume)
 
 
 def run_tiny(*arguments: str) -> int:

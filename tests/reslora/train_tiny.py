@@ -22,6 +22,7 @@ from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters, attached_config
 from reslora.config import AdapterConfig, Structure
 from reslora.train import TrainSettings, train_adapter
+from reslora.training_data import language_data
 from tests.reslora.tiny import build_llama, build_tokenizer, tiny_examples
 
 
@@ -58,9 +59,7 @@ def main() -> None:
     )
     report = train_adapter(
         attached,
-        build_tokenizer(chat=True),
-        tiny_examples(20),
-        None,
+        language_data(tiny_examples(20), None, build_tokenizer(chat=True), settings),
         settings,
         options.checkpoints,
         options.resume,
