@@ -11,6 +11,7 @@ in `<output>.training` until the adapter is written, so that a killed run can go
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -39,11 +40,15 @@ from reslora.config import AdapterConfig
 from reslora.row_formats import Example
 from reslora.rows import read_rows
 from reslora.settings import TrainSettings
-from reslora.train import TrainReport, train_adapter
+from reslora.train import train_adapter
+from reslora.train_report import TrainReport
 from reslora.training_data import language_data
 from rolora.decoder import DecoderNames
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan
+
+
+SUMMARY_FILE = "training_summary.json"
 
 
 class Method(StrEnum):
@@ -93,8 +98,8 @@ class FinetuneReport:
 
     output: Path
     manifest: Manifest
-    clock: Mapping[str, float]
-    """Seconds, tokens per second and peak memory of this run; empty if there was nothing to do."""
+    clock: Mapping[str, Any]
+    """Seconds, speed and peak memory of this process; empty if there was nothing to do."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -111,6 +116,7 @@ def finetune(
     output: Path,
     *,
     resume: bool = False,
+    tensorboard: Path | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> FinetuneReport | None:
     """Run the stage.
@@ -119,6 +125,7 @@ def finetune(
         settings: What to do.
         output: The adapter directory to make.
         resume: Go on from the newest training checkpoint of an interrupted run.
+        tensorboard: Where to write curves for TensorBoard; nowhere if None.
         progress: Called with a line for each step.
 
     Returns:
@@ -150,12 +157,14 @@ def finetune(
         _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
         progress(f"training on {len(examples)} examples")
         data = language_data(examples, validation, loaded.tokenizer, settings.training)
-        training = train_adapter(model, data, settings.training, checkpoints, resume)
+        training = train_adapter(
+            model, data, settings.training, checkpoints, resume, tensorboard=tensorboard
+        )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
     if _process_rank() != 0:
         return None
-    summary, clock = _split_clock(training)
+    summary, clock = training.parted()
     with new_artifact(output) as directory:
         save_adapter(model, settings.adapter, directory)
         details: dict[str, Any] = {"training": summary} | save_rotation(directory, plan)
@@ -169,6 +178,7 @@ def finetune(
                 details=details,
             ),
         )
+        _write_summary(directory, settings, training, manifest)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return FinetuneReport(output, manifest, clock)
 
@@ -227,9 +237,18 @@ def _rotate(
     return plan
 
 
-def _split_clock(report: TrainReport) -> tuple[dict[str, Any], dict[str, float]]:
-    """Part what a run did from its clock, which would make equal adapters differ."""
-    timed = {"seconds", "tokens_per_s", "peak_rss_bytes"}
-    values = report.to_dict()
-    clock = {key: values.pop(key) for key in sorted(timed)}
-    return values, clock
+def _write_summary(
+    directory: Path, settings: FinetuneSettings, report: TrainReport, manifest: Manifest
+) -> None:
+    """Write the run's curves and clock for people and plots.
+
+    It comes after the manifest, which therefore does not list it: the clock would make equal
+    adapters differ.
+    """
+    summary = {
+        "adapter_digest": manifest.digest,
+        "settings": settings.to_config(),
+        **report.to_dict(),
+    }
+    text = json.dumps(summary, indent=2, sort_keys=True)
+    (directory / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")

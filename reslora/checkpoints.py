@@ -4,6 +4,9 @@ The Trainer writes a checkpoint file by file into its final directory, so a run 
 saving leaves one that looks finished. Here a checkpoint counts only once it holds `complete.json`,
 which is written last, by rename, after every file reached the disk, and which lists the files'
 sizes and the run's fingerprint. Anything else is skipped at resume.
+
+A run that keeps its best state needs that checkpoint until it ends, and so does whoever resumes it:
+it is kept as long as a checkpoint that names it, and one whose best is gone is skipped too.
 """
 
 from __future__ import annotations
@@ -24,12 +27,20 @@ KEPT = 2
 """Complete checkpoints that stay: the newest, and one to fall back on."""
 
 
-def mark_complete(checkpoint: Path, fingerprint: Mapping[str, Any]) -> None:
+def mark_complete(
+    checkpoint: Path,
+    fingerprint: Mapping[str, Any],
+    *,
+    best_step: int | None = None,
+    finished: bool = False,
+) -> None:
     """Flush a checkpoint's files to disk and declare it complete.
 
     Args:
         checkpoint: Directory with every file written.
         fingerprint: JSON values a resumed run must agree on.
+        best_step: Step of the run's best checkpoint so far, where the run looks for one.
+        finished: The run ends here.
     """
     sizes: dict[str, int] = {}
     for path in sorted(checkpoint.iterdir()):
@@ -37,7 +48,13 @@ def mark_complete(checkpoint: Path, fingerprint: Mapping[str, Any]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
-    text = json.dumps({"fingerprint": dict(fingerprint), "files": sizes}, indent=2, sort_keys=True)
+    marker = {
+        "fingerprint": dict(fingerprint),
+        "files": sizes,
+        "best_step": best_step,
+        "finished": finished,
+    }
+    text = json.dumps(marker, indent=2, sort_keys=True)
     partial = checkpoint / f"{MARKER_FILE}.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -61,6 +78,10 @@ def newest_complete(directory: Path, fingerprint: Mapping[str, Any]) -> Path | N
         marker = _read_marker(checkpoint)
         if marker is None:
             logger.warning("%s is incomplete (a killed run): skipped", checkpoint)
+            continue
+        best = best_of(checkpoint)
+        if best is not None and _read_marker(best) is None:
+            logger.warning("%s: its best state, %s, is gone: skipped", checkpoint, best.name)
             continue
         saved = marker["fingerprint"]
         ours = json.loads(json.dumps(dict(fingerprint)))
@@ -92,9 +113,9 @@ def refuse_existing(directory: Path) -> None:
 
 
 def prune(directory: Path) -> None:
-    """Delete all checkpoints but the newest complete ones."""
+    """Delete all checkpoints but the newest complete ones and the best ones these name."""
     complete = [path for path in _by_step(directory) if _read_marker(path) is not None]
-    keep = set(complete[:KEPT])
+    keep: set[Path | None] = {*complete[:KEPT], *map(best_of, complete[:KEPT])}
     for checkpoint in _by_step(directory):
         if checkpoint not in keep:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -103,6 +124,17 @@ def prune(directory: Path) -> None:
 def step_of(checkpoint: Path) -> int:
     """Return the optimizer step a checkpoint was taken at."""
     return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """Return the checkpoint that was the run's best when this one was taken; None without one."""
+    step = (_read_marker(checkpoint) or {}).get("best_step")
+    return None if step is None else checkpoint.with_name(f"{PREFIX}{step}")
+
+
+def had_finished(checkpoint: Path) -> bool:
+    """Tell whether the run was over when it took this checkpoint, by its steps or stopped early."""
+    return bool((_read_marker(checkpoint) or {}).get("finished", False))
 
 
 def _by_step(directory: Path) -> list[Path]:

@@ -20,6 +20,26 @@ class Scheduler(StrEnum):
     CONSTANT = "constant_with_warmup"
 
 
+class Keep(StrEnum):
+    """Which state of the adapter a run ends with."""
+
+    BEST = "best"
+    """The one that did best on the validation rows; never chosen on test data."""
+    LAST = "last"
+
+
+class Precision(StrEnum):
+    """Number format of the products in forward and backward pass; weights stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    """Mixed precision (autocast): products in bfloat16, weights, sums and optimizer in float32."""
+
+
+LOSS = "loss"
+"""Name of the validation figure that every task has."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of one training run.
@@ -47,6 +67,16 @@ class TrainSettings:
     """Several sequences in a row, invisible to each other; else padding, grouped by length."""
     seed: int = 0
     """Order of the data and dropout."""
+    keep: Keep | None = None
+    """None keeps the best where there is validation data, else the last."""
+    best_metric: str = LOSS
+    """Validation figure that tells the best: the loss, or one of the task's, of which more is
+    better."""
+    early_stopping: int | None = None
+    """Stop after this many validations in a row without a new best; None trains all steps."""
+    precision: Precision = Precision.FLOAT32
+    compile: bool = False
+    """Compile the model with torch.compile: a slow start, then faster steps."""
     eval_every: int = 100
     """Steps between validations; 0 validates at the end only."""
     save_every: int = 100
@@ -65,6 +95,7 @@ class TrainSettings:
                 ("batch_size", self.batch_size, 1),
                 ("gradient_accumulation", self.gradient_accumulation, 1),
                 ("max_tokens", self.max_tokens, 8),
+                ("early_stopping", 1 if self.early_stopping is None else self.early_stopping, 1),
                 ("eval_every", self.eval_every, 0),
                 ("save_every", self.save_every, 1),
                 ("weight_decay", self.weight_decay, 0),
@@ -72,6 +103,8 @@ class TrainSettings:
             )
             if value < least
         ]
+        if self.early_stopping is not None and self.eval_every == 0:
+            faults.append("early_stopping needs validations on the way: eval_every is 0")
         for name, rate in (("epochs", self.epochs), ("learning_rate", self.learning_rate)):
             if not (math.isfinite(rate) and rate > 0):
                 faults.append(f"{name} must be a positive number, got {rate}")

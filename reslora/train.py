@@ -14,66 +14,39 @@ where torch's gloo carries the gradients. `batch_size` is then per process.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import math
 import os
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
-from reslora.adapter import restore_adapter
 from reslora.attach import attached_config
 from reslora.batches import schedule_rows
-from reslora.checkpoints import newest_complete, refuse_existing, step_of
-from reslora.live_chain import recompute_contexts
+from reslora.checkpoints import had_finished, newest_complete, refuse_existing, step_of
 from reslora.progress import TrainingProgress
 from reslora.settings import TrainSettings
-from reslora.trainer import AdapterTrainer, RowDataset
+from reslora.train_arguments import training_arguments
+from reslora.train_report import TrainReport
+from reslora.trainer import AdapterTrainer, FinalValidation, RowDataset
 from reslora.training_data import TrainingData
-
-__all__ = ["TrainReport", "TrainSettings", "train_adapter"]
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a training run did."""
-
-    steps: int
-    """Optimizer steps of the whole run."""
-    resumed_from_step: int
-    """Step this process started at; 0 for a run of its own."""
-    trainable_parameters: int
-    train_rows: int
-    """Rows of the training set (packed rows, when packing)."""
-    validation_rows: int
-    loss: tuple[tuple[int, float], ...]
-    """(step, mean loss a learned token) of every step of the run."""
-    eval_loss: tuple[tuple[int, float], ...]
-    """(step, validation loss); empty without validation rows."""
-    seconds: float
-    """Wall time of this process's training loop, validation and checkpoints included."""
-    tokens: int
-    """Tokens seen by all processes in that time, padding not counted."""
-    tokens_per_s: float
-    peak_rss_bytes: int
-    """Highest resident memory of this process so far."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
+_NO_FIGURES_OF_THE_TASK = {
+    "eval_loss",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+}
 
 
 def train_adapter(
@@ -82,6 +55,8 @@ def train_adapter(
     settings: TrainSettings,
     checkpoint_dir: Path,
     resume: bool,
+    *,
+    tensorboard: Path | None = None,
 ) -> TrainReport:
     """Train the adapter of a model made by `attach_adapters`, in place.
 
@@ -91,15 +66,25 @@ def train_adapter(
         settings: The run's settings.
         checkpoint_dir: Where checkpoints go. The final artifact is the caller's to save.
         resume: Continue from the newest complete checkpoint; without one, start at the beginning.
+        tensorboard: Where to write curves for TensorBoard; nowhere if None.
 
     Returns:
-        The report; the model holds the trained adapter and is in evaluation mode.
+        The report; the model holds the trained adapter, the best validated or the last one as the
+        settings say, and is in evaluation mode.
 
     Raises:
-        ValueError: No data to learn from, a loss or weight that is not finite (names the step), or
-            a checkpoint directory that belongs to another run.
+        ValueError: No data to learn from or to choose the best state by, a loss or weight that is
+            not finite (names the step), a checkpoint directory that belongs to another run, or
+            TensorBoard is asked for and not installed.
     """
-    arguments = _arguments(settings, checkpoint_dir, validate=bool(data.validation))
+    arguments = training_arguments(settings, data, checkpoint_dir)
+    callbacks: list[TrainerCallback] = []
+    if tensorboard is not None:
+        callbacks.append(_tensorboard(tensorboard))
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+    if data.validation:
+        callbacks.append(FinalValidation())
     group = settings.batch_size * settings.gradient_accumulation * arguments.world_size
     steps = settings.max_steps or math.ceil(settings.epochs * len(data.train) / group)
     arguments.max_steps = steps
@@ -118,6 +103,8 @@ def train_adapter(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
 
     _declare_float(model)
+    if settings.compile:
+        model.compile()
     _warn_if_alone(arguments.world_size)
     progress = TrainingProgress(tokens_until)
     trainer = AdapterTrainer(
@@ -128,42 +115,76 @@ def train_adapter(
         eval_dataset=RowDataset(data.validation, range(len(data.validation)))
         if data.validation
         else None,
-        callbacks=[progress],
+        compute_metrics=data.measure,
+        callbacks=[progress, *callbacks],
     )
     trainer.fingerprint = fingerprint
     trainer.remove_callback(PrinterCallback)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
-        if checkpoint is not None and first_step >= steps:
-            # the Trainer would train one step more
-            restore_adapter(model, checkpoint)
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if checkpoint is not None and had_finished(checkpoint):
+            trainer.take_up(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if data.validation and not any(step == steps for step, _ in _history(trainer, "eval_loss")):
-            trainer.evaluate()
+        if arguments.load_best_model_at_end and trainer.state.best_global_step is None:
+            raise ValueError(
+                f"validation: {settings.best_metric} was never a number, so no state is the best; "
+                "check the validation rows, or keep the last state"
+            )
     finally:
         progress.close()
-        if settings.gradient_checkpointing:
-            base: Any = model.get_base_model()
-            base.activation_checkpointing_disable()
-        model.zero_grad(set_to_none=True)
-        model.eval()
+        _undress(trainer, model, settings)
     seconds = time.perf_counter() - started
-    tokens = tokens_until[steps] - tokens_until[first_step]
+    state = trainer.state
+    tokens = tokens_until[state.global_step] - tokens_until[first_step]
+    kept = state.best_global_step if arguments.load_best_model_at_end else state.global_step
+    own = {key for entry in state.log_history for key in entry if key.startswith("eval_")}
     return TrainReport(
-        steps=steps,
+        steps=state.global_step,
+        planned_steps=steps,
+        kept_step=int(kept or 0),
+        best_step=state.best_global_step,
         resumed_from_step=first_step,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         train_rows=len(data.train),
         validation_rows=len(data.validation),
         loss=_history(trainer, "loss"),
         eval_loss=_history(trainer, "eval_loss"),
+        eval_metrics={
+            key.removeprefix("eval_"): _history(trainer, key)
+            for key in sorted(own - _NO_FIGURES_OF_THE_TASK)
+        },
         seconds=seconds,
         tokens=tokens,
         tokens_per_s=tokens / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_cuda_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
+
+
+def _undress(trainer: Trainer, model: PeftModel, settings: TrainSettings) -> None:
+    """Take off what training put on the model."""
+    # autocast stays on the forward method otherwise
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if settings.compile:
+        model._compiled_call_impl = None
+    if settings.gradient_checkpointing:
+        base: Any = model.get_base_model()
+        base.activation_checkpointing_disable()
+    model.zero_grad(set_to_none=True)
+    model.eval()
+
+
+def _tensorboard(directory: Path) -> TensorBoardCallback:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "TensorBoard is not installed: pip install 'rolora[tensorboard]', or train without it"
+        )
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(directory)
+    return callback
 
 
 def _warn_if_alone(processes: int) -> None:
@@ -191,43 +212,6 @@ def _history(trainer: Trainer, key: str) -> tuple[tuple[int, float], ...]:
     return tuple((int(entry["step"]), float(entry[key])) for entry in entries if key in entry)
 
 
-def _arguments(settings: TrainSettings, output: Path, *, validate: bool) -> TrainingArguments:
-    evaluate = validate and settings.eval_every > 0
-    return TrainingArguments(
-        output_dir=str(output),
-        max_steps=settings.max_steps or 1,  # the caller sets it once the world size is known
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_ratio,
-        lr_scheduler_type=settings.scheduler.value,
-        weight_decay=settings.weight_decay,
-        optim="adamw_torch",
-        seed=settings.seed,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=settings.eval_every if evaluate else None,
-        save_strategy="steps",
-        save_steps=settings.save_every,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        train_sampling_strategy="sequential",
-        activation_checkpointing=settings.gradient_checkpointing,
-        # reentrant checkpointing fires a block's gradient hooks once for every layer that uses it
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": recompute_contexts},
-        use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        prediction_loss_only=True,
-        disable_tqdm=True,
-        report_to="none",
-    )
-
-
 def _fingerprint(
     model: PeftModel, data: TrainingData, settings: TrainSettings, processes: int
 ) -> dict[str, Any]:
@@ -238,5 +222,6 @@ def _fingerprint(
         **{f"adapter_{key}": value for key, value in asdict(attached_config(model)).items()},
         "adapter_parameters_sha256": hashlib.sha256("\n".join(trained).encode()).hexdigest(),
         "data_sha256": data.digest(),
+        "validation_sha256": data.validation_digest(),
         "processes": processes,
     }

@@ -3,7 +3,9 @@
 Two stock habits are replaced. A PEFT checkpoint is written without asking the hub about the base
 model, and read strictly, where the Trainer takes missing tensors for a warning. A loss that is not
 finite stops the run, where the Trainer can average it away. Added is the declaration that a
-checkpoint is complete, after the last file of every process is written.
+checkpoint is complete, after the last file of every process is written, and a checkpoint of every
+new best state and of the end, where the Trainer knows only those that fall on a multiple of
+`save_steps`: the best state it loads at the end is then truly the best one validated.
 """
 
 from __future__ import annotations
@@ -16,11 +18,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from reslora.adapter import restore_adapter, save_adapter
 from reslora.attach import attached_config
-from reslora.checkpoints import MARKER_FILE, mark_complete, prune
+from reslora.checkpoints import MARKER_FILE, PREFIX, mark_complete, prune
 
 
 class RowDataset(Dataset[Any]):
@@ -83,8 +92,41 @@ class AdapterTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(checkpoint, self.fingerprint)
+            mark_complete(
+                checkpoint,
+                self.fingerprint,
+                best_step=self.state.best_global_step,
+                finished=self.control.should_training_stop,
+            )
             prune(directory)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics, trial)
+        if better or self.control.should_training_stop:
+            self.control.should_save = True
+        return better
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Take up the state of a run that is over, where the Trainer would train one step more."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        restore_adapter(_attached(self.model), checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            self._load_best_model()
+
+    def _load_best_model(self) -> None:
+        directory = Path(str(self.args.output_dir))
+        restore_adapter(_attached(self.model), directory / f"{PREFIX}{self.state.best_global_step}")
+
+
+class FinalValidation(TrainerCallback):
+    """Validates after the last step too, before its checkpoint, whatever `eval_steps` is."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a validation at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 def _attached(model: object) -> PeftModel:

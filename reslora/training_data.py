@@ -36,10 +36,11 @@ class TrainingData:
 
     def digest(self) -> str:
         """Return the sha256 over the training rows."""
-        data = hashlib.sha256()
-        for row in self.train:
-            data.update(repr(row).encode())
-        return data.hexdigest()
+        return _digest(self.train)
+
+    def validation_digest(self) -> str:
+        """Return the sha256 over the validation rows."""
+        return _digest(self.validation)
 
 
 def language_data(
@@ -72,6 +73,13 @@ def language_data(
     return TrainingData(
         train, [_row_length(row) for row in train], held_out, partial(collate_rows, pad_id=pad_id)
     )
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    data = hashlib.sha256()
+    for row in rows:
+        data.update(repr(row).encode())
+    return data.hexdigest()
 
 
 def _rows(sequences: Sequence[TokenSequence], settings: TrainSettings) -> list[Row]:

@@ -159,7 +159,7 @@ def test_every_structure_is_trained_and_stored(
 def test_only_the_first_process_writes(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(*_: Any) -> Any:
+    def train(*_: Any, **__: Any) -> Any:
         monkeypatch.setenv("RANK", "1")
 
     monkeypatch.setattr(deploy.finetune, "train_adapter", train)

@@ -8,6 +8,7 @@ import pytest
 from reslora.checkpoints import (
     KEPT,
     MARKER_FILE,
+    had_finished,
     mark_complete,
     newest_complete,
     prune,
@@ -71,3 +72,27 @@ def test_pruning_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8"]
     assert KEPT == 2
+
+
+def test_the_best_state_is_kept_as_long_as_it_is_named(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path, step) for step in (2, 4, 6, 8)]
+    for path, best in zip(paths, (2, 4, 4, 8), strict=True):
+        mark_complete(path, RUN, best_step=best)
+    prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+
+
+def test_a_checkpoint_whose_best_state_is_gone_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [checkpoint(tmp_path, step) for step in (2, 4, 6)]
+    for path, best in zip(paths, (2, 4, 4), strict=True):
+        mark_complete(path, RUN, best_step=best, finished=best == 4)
+    (paths[1] / "weights").write_bytes(b"1")
+    assert newest_complete(tmp_path, RUN) == paths[0]
+    assert "checkpoint-6: its best state, checkpoint-4, is gone: skipped" in caplog.text
+    assert (had_finished(paths[2]), had_finished(paths[0])) == (True, False)

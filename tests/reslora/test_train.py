@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reslora.adapter import load_adapter
 from reslora.attach import attach_adapters
 from reslora.checkpoints import MARKER_FILE
 from reslora.config import AdapterConfig, Structure
-from reslora.train import TrainReport, TrainSettings, train_adapter
+from reslora.settings import TrainSettings
+from reslora.train import train_adapter
+from reslora.train_report import OF_THIS_PROCESS, TrainReport
+from reslora.trainer import AdapterTrainer
 from reslora.training_data import language_data
 from tests.reslora.tiny import build_llama, tiny_examples
 
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 BLOCK = AdapterConfig(rank=3, structure=Structure.BLOCK)
 QUICK = TrainSettings(max_steps=3, batch_size=2, max_tokens=48, learning_rate=1e-2)
 
@@ -38,26 +44,34 @@ def train(
     return train_adapter(attached, data, settings, directory, resume)
 
 
-def run_tiny(*arguments: str) -> int:
-    script = Path(__file__).with_name("train_tiny.py")
-    command = [sys.executable, "-W", "ignore", str(script), *arguments]
-    return subprocess.run(command, check=False, capture_output=True, timeout=120).returncode
+def run_tiny(*arguments: str, processes: int = 1) -> int:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = str(Path(__file__).with_name("train_tiny.py"))
+    command = [sys.executable, "-W", "ignore", *launcher[: 4 * (processes > 1)], script, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, timeout=180).returncode
 
 
-def test_killed_while_saving_then_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("structure", Structure)
+def test_killed_while_saving_then_resumed_equals_uninterrupted(
+    tmp_path: Path, structure: Structure
+) -> None:
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    assert run_tiny(whole, str(tmp_path / "a")) == 0
-    assert run_tiny(killed, str(tmp_path / "b"), "--die", "6") == -signal.SIGKILL
+    # step 2 stays the best and the run stops at 6: best state and patience must survive the kill
+    early = {"max_steps": 10, "learning_rate": 2e-2, "early_stopping": 2}
+    told = ("--structure", structure, "--contrary", "--settings", json.dumps(early))
+    assert run_tiny(whole, str(tmp_path / "a"), *told) == 0
+    assert run_tiny(killed, str(tmp_path / "b"), *told, "--die", "6") == -signal.SIGKILL
     half_written = tmp_path / "b" / "checkpoint-6"
     assert (half_written / "adapter_model.safetensors").is_file()
     assert not (half_written / MARKER_FILE).exists()
-    assert run_tiny(killed, str(tmp_path / "b"), "--resume") == 0
+    assert run_tiny(killed, str(tmp_path / "b"), *told, "--resume") == 0
     file = "adapter_model.safetensors"
     assert Path(killed, file).read_bytes() == Path(whole, file).read_bytes()
     reports = [json.loads(Path(name, "report.json").read_text()) for name in (whole, killed)]
     assert reports[1]["resumed_from_step"] == 4
-    assert reports[0]["loss"] == reports[1]["loss"]
-    assert reports[0]["eval_loss"] == reports[1]["eval_loss"]
+    parted = [{k: v for k, v in report.items() if k not in OF_THIS_PROCESS} for report in reports]
+    assert parted[0] == parted[1]
+    assert [parted[0][key] for key in ("planned_steps", "steps", "kept_step")] == [10, 6, 2]
 
 
 def test_training_lowers_the_loss_and_reports(
@@ -165,7 +179,7 @@ def test_interrupt_passes_through_and_leaves_the_model_usable(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("reslora.trainer.mark_complete", interrupt)
@@ -176,24 +190,56 @@ def test_interrupt_passes_through_and_leaves_the_model_usable(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    dropout = ("--dropout", "0")
-    assert run_tiny(one, str(tmp_path / "a"), *dropout, "--batch-size", "6") == 0
-    script = str(Path(__file__).with_name("train_tiny.py"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        *launcher,
-        script,
-        two,
-        str(tmp_path / "b"),
-        *dropout,
-    ]
-    assert subprocess.run(command, check=False, capture_output=True, timeout=180).returncode == 0
+@pytest.mark.parametrize("structure", Structure)
+def test_two_processes_train_as_one_with_twice_the_batch(
+    tmp_path: Path, structure: Structure
+) -> None:
+    one, two, small = (str(tmp_path / name) for name in ("one", "two", "small"))
+    told = ("--dropout", "0", "--structure", structure, "--settings")
+    rate = {"learning_rate": 1e-2}
+    twice = json.dumps({**rate, "batch_size": 6})
+    assert run_tiny(one, str(tmp_path / "a"), *told, twice) == 0
+    assert run_tiny(two, str(tmp_path / "b"), *told, json.dumps(rate), processes=2) == 0
+    assert run_tiny(small, str(tmp_path / "c"), *told, json.dumps(rate)) == 0
     reports = [json.loads(Path(name, "report.json").read_text()) for name in (one, two)]
     assert reports[0]["tokens"] == reports[1]["tokens"]
     losses = [[loss for _, loss in report["loss"]] for report in reports]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    weights = [load_adapter(Path(name)).factors for name in (one, two, small)]
+    assert distance(weights[0], weights[1]) < 1e-4
+    assert distance(weights[0], weights[2]) > 1e-2  # negative control: half the batch
+
+
+def distance(ours: Factors, theirs: Factors) -> float:
+    """Largest difference of two adapters' tensors, relative to the largest of the first."""
+    pairs = [(a, b) for fqn in ours for a, b in zip(ours[fqn], theirs[fqn], strict=True)]
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
+
+
+@pytest.mark.parametrize("structure", [None, *Structure])
+def test_accumulated_batches_train_as_one_big_batch(
+    structure: Structure | None,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def final(name: str, batch: int, accumulation: int) -> Factors:
+        settings = replace(QUICK, batch_size=batch, gradient_accumulation=accumulation)
+        llama = build_llama()
+        train(
+            llama,
+            chat_tokenizer,
+            targets,
+            tmp_path / name,
+            settings,
+            config=AdapterConfig(rank=3, structure=structure),
+        )
+        return load_adapter(tmp_path / name / "checkpoint-3").factors
+
+    big, parts = final("big", 6, 1), final("parts", 2, 3)
+    assert distance(big, parts) < 1e-4
+    # negative control: the mean of the batches' means, as if their tokens were equally many
+    monkeypatch.setattr(AdapterTrainer, "_get_num_items_in_batch", lambda *_: None)
+    assert distance(big, final("means", 2, 3)) > 1e-3

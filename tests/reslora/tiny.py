@@ -78,3 +78,14 @@ def tiny_examples(count: int) -> list[Example]:
         )
         for index in range(count)
     ]
+
+
+def contrary_examples() -> list[Example]:
+    """Return conversations whose answers `tiny_examples` make less likely with every step."""
+    return [
+        Example(
+            f"contrary:{index}",
+            (Message("user", f"what is {index}?"), Message("assistant", "~" * 30)),
+        )
+        for index in range(3)
+    ]

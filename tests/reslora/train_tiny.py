@@ -1,5 +1,6 @@
 """Train a tiny model in a process of its own: `train_tiny.py OUTPUT CHECKPOINTS [--resume]`.
 
+`--settings` holds training settings as JSON; with `--contrary` validation gets worse all the time.
 With `--die N` the process kills itself with SIGKILL while it saves the checkpoint of step N: the
 weights are written, the rest is not.
 """
@@ -21,9 +22,10 @@ from reslora import trainer
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters, attached_config
 from reslora.config import AdapterConfig, Structure
-from reslora.train import TrainSettings, train_adapter
+from reslora.settings import TrainSettings
+from reslora.train import train_adapter
 from reslora.training_data import language_data
-from tests.reslora.tiny import build_llama, build_tokenizer, tiny_examples
+from tests.reslora.tiny import build_llama, build_tokenizer, contrary_examples, tiny_examples
 
 
 def main() -> None:
@@ -33,12 +35,14 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die", type=int, default=0)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--batch-size", type=int, default=3)
+    parser.add_argument("--contrary", action="store_true")
+    parser.add_argument("--structure", type=Structure, default=Structure.BLOCK)
+    parser.add_argument("--settings", type=json.loads, default={})
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build_llama(layers=2)
     names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
-    config = AdapterConfig(rank=2, dropout=options.dropout, structure=Structure.BLOCK)
+    config = AdapterConfig(rank=2, dropout=options.dropout, structure=options.structure)
     attached = attach_adapters(model, config, names)
     if options.die:
         save = trainer.save_adapter
@@ -49,17 +53,12 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.save_adapter = save_and_die
-    settings = TrainSettings(
-        max_steps=7,
-        batch_size=options.batch_size,
-        gradient_accumulation=2,
-        max_tokens=48,
-        save_every=2,
-        eval_every=2,
-    )
+    quick = {"max_steps": 7, "batch_size": 3, "max_tokens": 48, "save_every": 2, "eval_every": 2}
+    settings = TrainSettings(**{**quick, **options.settings})
+    validation = contrary_examples() if options.contrary else None
     report = train_adapter(
         attached,
-        language_data(tiny_examples(20), None, build_tokenizer(chat=True), settings),
+        language_data(tiny_examples(20), validation, build_tokenizer(chat=True), settings),
         settings,
         options.checkpoints,
         options.resume,
