@@ -55,6 +55,35 @@ class StructureName(StrEnum):
     MIDDLE = "middle"
 
 
+class PresetName(StrEnum):
+    """Values of --preset."""
+
+    RESLORA_NLG = "reslora-nlg"
+    RESLORA_NLU = "reslora-nlu"
+
+
+class SchedulerName(StrEnum):
+    """Values of --scheduler."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant_with_warmup"
+
+
+class KeepName(StrEnum):
+    """Values of --keep."""
+
+    BEST = "best"
+    LAST = "last"
+
+
+class PrecisionName(StrEnum):
+    """Values of --precision."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class MergeName(StrEnum):
     """Values of --merge."""
 
@@ -107,11 +136,28 @@ Output = Annotated[
 MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
 
 
+def _take_preset(context: typer.Context, name: PresetName | None) -> PresetName | None:
+    """Let a preset give the defaults of the options that are not on the command line."""
+    if name is not None:
+        from deploy.presets import PRESETS
+
+        context.default_map = {**(context.default_map or {}), **PRESETS[name]}
+    return name
+
+
 @app.command("finetune")
 def finetune_command(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help="Training rows: JSONL(.gz) or text file, or hub id.")],
     output: Output,
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(
+            is_eager=True,
+            callback=_take_preset,
+            help="Settings of the ResLoRA paper; options given beside it win. --dry-run shows all.",
+        ),
+    ] = None,
     method: Annotated[
         MethodName, typer.Option(help="What is trained, and in which basis.")
     ] = MethodName.RESLORA,
@@ -140,6 +186,17 @@ def finetune_command(
     batch_size: Annotated[int, typer.Option(help="Rows per process and step.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches summed into one step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    warmup_ratio: Annotated[
+        float, typer.Option(help="Share of the steps in which the rate rises.")
+    ] = 0.06,
+    scheduler: Annotated[
+        SchedulerName, typer.Option(help="How the rate moves after the warm-up.")
+    ] = SchedulerName.COSINE,
+    weight_decay: Annotated[float, typer.Option(help="Decay of AdamW.")] = 0.1,
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(help="Products in forward and backward pass; weights stay float32."),
+    ] = PrecisionName.FLOAT32,
     max_tokens: Annotated[int, typer.Option(help="Longest row, in tokens.")] = 512,
     packing: Annotated[
         bool, typer.Option(help="Put several examples into a row, invisible to each other.")
@@ -147,9 +204,23 @@ def finetune_command(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Less memory, about a third slower.")
     ] = False,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")
+    ] = False,
     eval_every: Annotated[
         int, typer.Option(help="Steps between validations; 0: only at the end.")
     ] = 100,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(help="Stop after this many validations in a row without a new best."),
+    ] = None,
+    keep: Annotated[
+        KeepName | None,
+        typer.Option(help="Adapter to end with. Default: best if there are validation rows."),
+    ] = None,
+    best_metric: Annotated[
+        str, typer.Option(help="Validation figure that tells the best: loss, or one of the task's.")
+    ] = "loss",
     save_every: Annotated[int, typer.Option(help="Steps between training checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of data order, initialization and dropout.")] = 0,
     rotation_kind: Annotated[
@@ -159,13 +230,17 @@ def finetune_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest training checkpoint.")
     ] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(help="Write curves for TensorBoard there (extra tensorboard)."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (rotated LoRA)."""
     from deploy.finetune import FinetuneSettings, Method, finetune
     from reslora.config import AdapterConfig, Structure
-    from reslora.settings import TrainSettings
+    from reslora.settings import Keep, Precision, Scheduler, TrainSettings
     from rolora.rotation import RotationKind
 
     if structure is None and method is MethodName.RESLORA:
@@ -184,6 +259,14 @@ def finetune_command(
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
             learning_rate=learning_rate,
+            warmup_ratio=warmup_ratio,
+            scheduler=Scheduler(scheduler),
+            weight_decay=weight_decay,
+            precision=Precision(precision),
+            compile=compile_model,
+            early_stopping=early_stopping,
+            keep=None if keep is None else Keep(keep),
+            best_metric=best_metric,
             max_tokens=max_tokens,
             packing=packing,
             gradient_checkpointing=gradient_checkpointing,
@@ -203,9 +286,10 @@ def finetune_command(
         rotation_seed=rotation_seed,
     )
     if dry_run:
-        _print_json({"stage": "finetune", "output": str(output), **settings.to_config()})
+        shown = {"output": str(output), "preset": preset, "tensorboard": tensorboard}
+        _print_json({"stage": "finetune", **shown, **settings.to_config()})
         return
-    report = finetune(settings, output, resume=resume, progress=_log_step)
+    report = finetune(settings, output, resume=resume, tensorboard=tensorboard, progress=_log_step)
     if report is None:
         return
     training_result = report.to_dict()["training"]
@@ -217,6 +301,7 @@ def finetune_command(
             ("steps", str(training_result["steps"])),
             ("first and last loss", _first_and_last(training_result["loss"])),
             ("validation loss", _first_and_last(training_result["eval_loss"])),
+            ("kept state", f"step {training_result['kept_step']}"),
             ("trainable parameters", f"{training_result['trainable_parameters']:,}"),
             (
                 "next",

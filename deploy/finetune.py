@@ -47,7 +47,6 @@ from rolora.decoder import DecoderNames
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 
-
 SUMMARY_FILE = "training_summary.json"
 
 

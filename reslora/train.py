@@ -20,6 +20,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reslora.attach import attached_config
 from reslora.batches import schedule_rows
 from reslora.checkpoints import had_finished, newest_complete, refuse_existing, step_of
+from reslora.live_chain import recompute_contexts
 from reslora.progress import TrainingProgress
 from reslora.settings import TrainSettings
 from reslora.train_arguments import training_arguments
@@ -40,13 +42,6 @@ from reslora.trainer import AdapterTrainer, FinalValidation, RowDataset
 from reslora.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
-
-_NO_FIGURES_OF_THE_TASK = {
-    "eval_loss",
-    "eval_runtime",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-}
 
 
 def train_adapter(
@@ -103,8 +98,6 @@ def train_adapter(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
 
     _declare_float(model)
-    if settings.compile:
-        model.compile()
     _warn_if_alone(arguments.world_size)
     progress = TrainingProgress(tokens_until)
     trainer = AdapterTrainer(
@@ -123,6 +116,7 @@ def train_adapter(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
+    _dress(model, settings)
     try:
         if checkpoint is not None and had_finished(checkpoint):
             trainer.take_up(checkpoint)
@@ -140,7 +134,6 @@ def train_adapter(
     state = trainer.state
     tokens = tokens_until[state.global_step] - tokens_until[first_step]
     kept = state.best_global_step if arguments.load_best_model_at_end else state.global_step
-    own = {key for entry in state.log_history for key in entry if key.startswith("eval_")}
     return TrainReport(
         steps=state.global_step,
         planned_steps=steps,
@@ -152,16 +145,26 @@ def train_adapter(
         validation_rows=len(data.validation),
         loss=_history(trainer, "loss"),
         eval_loss=_history(trainer, "eval_loss"),
-        eval_metrics={
-            key.removeprefix("eval_"): _history(trainer, key)
-            for key in sorted(own - _NO_FIGURES_OF_THE_TASK)
-        },
+        eval_metrics=_metrics(trainer, data.metrics),
         seconds=seconds,
         tokens=tokens,
         tokens_per_s=tokens / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_cuda_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
+
+
+def _dress(model: PeftModel, settings: TrainSettings) -> None:
+    """Put on the model what is for training only."""
+    if settings.gradient_checkpointing:
+        base: Any = model.get_base_model()
+        # not by the Trainer's arguments, which must have a JSON form for TensorBoard;
+        # reentrant checkpointing fires a block's gradient hooks once for every layer that uses it
+        base.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": recompute_contexts}
+        )
+    if settings.compile:
+        model.compile()
 
 
 def _undress(trainer: Trainer, model: PeftModel, settings: TrainSettings) -> None:
@@ -210,6 +213,12 @@ def _declare_float(model: PeftModel) -> None:
 def _history(trainer: Trainer, key: str) -> tuple[tuple[int, float], ...]:
     entries = trainer.state.log_history
     return tuple((int(entry["step"]), float(entry[key])) for entry in entries if key in entry)
+
+
+def _metrics(trainer: Trainer, names: Sequence[str]) -> tuple[tuple[int, dict[str, float]], ...]:
+    histories = {name: dict(_history(trainer, f"eval_{name}")) for name in names}
+    steps = [step for step, _ in _history(trainer, f"eval_{names[0]}")] if names else []
+    return tuple((step, {name: histories[name][step] for name in names}) for step in steps)
 
 
 def _fingerprint(

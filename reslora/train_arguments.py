@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from reslora.live_chain import recompute_contexts
 from reslora.settings import LOSS, Keep, Precision, TrainSettings
 from reslora.training_data import TrainingData
 
@@ -24,10 +23,11 @@ def keeps_best(settings: TrainSettings, data: TrainingData) -> bool:
             "keeping the best state and stopping early need validation rows, and there are none: "
             "give some, hold out a share of the training rows, or keep the last state"
         )
-    if settings.best_metric != LOSS and data.measure is None:
+    figures = (LOSS, *data.metrics)
+    if settings.best_metric not in figures:
         raise ValueError(
-            f"best metric {settings.best_metric!r}: the only validation figure of this task is "
-            f"{LOSS!r}"
+            f"best metric {settings.best_metric!r}: this task's validation gives "
+            f"{', '.join(figures)}"
         )
     return bool(data.validation) and settings.keep is not Keep.LAST
 
@@ -71,9 +71,6 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         train_sampling_strategy="sequential",
-        activation_checkpointing=settings.gradient_checkpointing,
-        # reentrant checkpointing fires a block's gradient hooks once for every layer that uses it
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": recompute_contexts},
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         dataloader_num_workers=0,

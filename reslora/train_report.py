@@ -41,8 +41,8 @@ class TrainReport:
     """(step, mean loss a learned token) of every step of the run."""
     eval_loss: tuple[tuple[int, float], ...]
     """(step, validation loss); empty without validation rows."""
-    eval_metrics: dict[str, tuple[tuple[int, float], ...]]
-    """(step, value) of each of the task's own validation figures; a language model has none."""
+    eval_metrics: tuple[tuple[int, dict[str, float]], ...]
+    """(step, metrics of the task by name); empty for a language model."""
     seconds: float
     """Wall time of this process's training loop, validation and checkpoints included."""
     tokens: int

@@ -7,7 +7,7 @@ one makes it for causal language models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,8 +31,10 @@ class TrainingData:
     """In the order in which they are evaluated; empty where nothing is held out."""
     collate: Callable[[Sequence[Any]], dict[str, Any]]
     """Makes a batch for the model's forward pass, `labels` included, of some rows."""
-    measure: Callable[[EvalPrediction], Mapping[str, float]] | None = None
+    measure: Callable[[EvalPrediction], dict[str, float]] | None = None
     """Metrics of the predictions for `validation`; None where the loss is all there is."""
+    metrics: tuple[str, ...] = ()
+    """Names of what `measure` returns, the task's main one first."""
 
     def digest(self) -> str:
         """Return the sha256 over the training rows."""

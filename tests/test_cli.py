@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 import cli
 from deploy.export import ExportFormat, Target
 from deploy.finetune import Method
+from deploy.presets import PRESETS, Preset
 from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
 from reslora.merge import MergeMethod
+from reslora.settings import Keep, Precision, Scheduler
 from rolora.rotation import RotationKind
 from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
@@ -221,6 +223,54 @@ def test_a_dry_run_prints_the_settings_and_does_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("preset", Preset)
+def test_a_preset_gives_defaults_that_options_override(terminal: Terminal, preset: str) -> None:
+    bare = ("finetune", "--model", "m", "--data", "d", "--output", "out", "--dry-run")
+
+    def shown(*options: object) -> dict[str, Any]:
+        result = terminal(*bare, *options)
+        assert result.code == 0, result.err
+        settings = json.loads(result.out)
+        parts = settings.pop("adapter") | settings.pop("training")
+        flat = settings | parts
+        assert flat.pop("preset") in (None, preset)
+        return dict(flat)
+
+    plain, taken = shown(), shown("--preset", preset)
+    told = PRESETS[preset]
+    assert taken == plain | told, "a preset sets what it names, and nothing else"
+    assert taken != plain
+    assert taken["batch_size"] * taken["gradient_accumulation"] == 128
+    # also where an option says what would be its default without the preset
+    rest = ("--rank", 16, "--learning-rate", 0.01)
+    for order in ((*rest, "--preset", preset), ("--preset", preset, *rest)):
+        assert shown(*order) == taken | {"rank": 16, "learning_rate": 0.01}
+
+
+def test_training_options_reach_the_settings(terminal: Terminal) -> None:
+    result = terminal(
+        *("finetune", "--model", "m", "--data", "d", "--output", "out", "--dry-run"),
+        *("--warmup-ratio", 0.2, "--scheduler", "linear", "--weight-decay", 0.3, "--compile"),
+        *("--precision", "bfloat16", "--early-stopping", 3, "--keep", "last"),
+        *("--best-metric", "accuracy", "--tensorboard", "curves"),
+    )
+    assert result.code == 0, result.err
+    shown = json.loads(result.out)
+    assert shown["tensorboard"] == "curves"
+    training = shown["training"]
+    told = {
+        "warmup_ratio": 0.2,
+        "scheduler": "linear",
+        "weight_decay": 0.3,
+        "compile": True,
+        "precision": "bfloat16",
+        "early_stopping": 3,
+        "keep": "last",
+        "best_metric": "accuracy",
+    }
+    assert training | told == training
+
+
 def mrq(base: Path, *rest: object) -> list[object]:
     return ["merge-rotate-quantize", "--model", base / "model", *rest]
 
@@ -230,6 +280,12 @@ def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
     tune = ["finetune", "--model", base / "model", "--data"]
     rows = base / "rows.jsonl"
     return {
+        "unknown preset": (2, "'reslora-nlg', 'reslora-nlu'", [*tune, rows, "--preset", "lora"]),
+        "nothing to stop by": (
+            2,
+            "early_stopping needs validations",
+            [*tune, rows, "--early-stopping", 2, "--eval-every", 0],
+        ),
         "unknown scheme": (2, "supported: W{4,6,8}A{4,6,8}", mrq(base, "--scheme", "W5A5")),
         "unknown rotation": (2, "r1, r2, r4", mrq(base, "--scheme", "W8A8", "--rotate", "r9")),
         "other model": (
@@ -480,6 +536,10 @@ def test_ctrl_c_while_a_stage_writes_leaves_nothing_that_looks_finished(
     [
         (cli.MethodName, Method),
         (cli.StructureName, Structure),
+        (cli.PresetName, Preset),
+        (cli.SchedulerName, Scheduler),
+        (cli.KeepName, Keep),
+        (cli.PrecisionName, Precision),
         (cli.MergeName, [*MergeMethod, AUTO]),
         (cli.KindName, RotationKind),
         (cli.WeightsName, WeightMethod),

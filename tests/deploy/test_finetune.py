@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from deploy.adapter_artifact import open_adapter
 from deploy.architecture import decoder_names
 from deploy.artifact import hash_file, read_manifest, verify_files
 from deploy.errors import ConfigError, UnsupportedModelError
-from deploy.finetune import FinetuneSettings, Method, finetune
+from deploy.finetune import SUMMARY_FILE, FinetuneSettings, Method, finetune
 from deploy.loading import load_model
 from reslora.config import AdapterConfig, Structure
+from reslora.train_report import OF_THIS_PROCESS
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 from tests.deploy.tiny_artifacts import finetune_settings, save_model, write_rows
 
@@ -87,6 +90,75 @@ def test_equal_runs_give_equal_adapters(model: Path, data: Path, tmp_path: Path)
     finetune(finetune_settings(model, data, "reslora", seed=5), tmp_path / "c")
     weights = [hash_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b", "c")]
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_summary_stands_beside_the_adapter_and_is_no_part_of_it(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = finetune_settings(model, data, "reslora")
+    report = finetune(settings, tmp_path / "out")
+    assert report is not None
+    summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    assert summary["adapter_digest"] == report.manifest.digest
+    assert summary["settings"] == json.loads(json.dumps(settings.to_config()))
+    assert [step for step, _ in summary["loss"]] == [1, 2]
+    assert summary["kept_step"] in (1, 2)
+    assert summary["seconds"] > 0
+    assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    assert summary["peak_rss_bytes"] > 1e8
+    assert summary["trainable_parameters"] > 0
+    assert SUMMARY_FILE not in report.manifest.files
+    training = report.manifest.details["training"]
+    assert isinstance(training, dict)
+    assert not training.keys() & set(OF_THIS_PROCESS)
+    assert training.keys() < summary.keys()
+    verify_files(tmp_path / "out")
+
+
+def test_a_resumed_run_gives_the_same_artifact(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = finetune_settings(model, data, "reslora", max_steps=4, save_every=2)
+    whole = finetune(settings, tmp_path / "whole")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy.finetune, "save_adapter", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.training" / "checkpoint-4")
+    resumed = finetune(settings, tmp_path / "out", resume=True)
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.to_dict()["training"]["resumed_from_step"] == 2
+    assert resumed.manifest.digest == whole.manifest.digest
+
+
+def test_curves_are_written_for_tensorboard(model: Path, data: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = finetune_settings(model, data, "lora")
+    report = finetune(settings, tmp_path / "out", tensorboard=tmp_path / "curves")
+    assert report is not None
+    written = events.EventAccumulator(str(tmp_path / "curves"))
+    written.Reload()
+    losses = [(event.step, event.value) for event in written.Scalars("train/loss")]
+    expected = report.to_dict()["training"]["loss"]
+    assert [step for step, _ in losses] == [step for step, _ in expected]
+    assert [v for _, v in losses] == pytest.approx([v for _, v in expected], rel=1e-6)
+    assert "eval/loss" in written.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_named(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reslora.train.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'rolora\[tensorboard\]'"):
+        finetune(
+            finetune_settings(model, data, "lora"), tmp_path / "out", tensorboard=tmp_path / "c"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
