@@ -204,9 +204,6 @@ def finetune_command(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Less memory, about a third slower.")
     ] = False,
-    compile_model: Annotated[
-        bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")
-    ] = False,
     eval_every: Annotated[
         int, typer.Option(help="Steps between validations; 0: only at the end.")
     ] = 100,
@@ -263,7 +260,6 @@ def finetune_command(
             scheduler=Scheduler(scheduler),
             weight_decay=weight_decay,
             precision=Precision(precision),
-            compile=compile_model,
             early_stopping=early_stopping,
             keep=None if keep is None else Keep(keep),
             best_metric=best_metric,

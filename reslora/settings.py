@@ -75,8 +75,6 @@ class TrainSettings:
     early_stopping: int | None = None
     """Stop after this many validations in a row without a new best; None trains all steps."""
     precision: Precision = Precision.FLOAT32
-    compile: bool = False
-    """Compile the model with torch.compile: a slow start, then faster steps."""
     eval_every: int = 100
     """Steps between validations; 0 validates at the end only."""
     save_every: int = 100

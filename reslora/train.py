@@ -72,6 +72,7 @@ def train_adapter(
             not finite (names the step), a checkpoint directory that belongs to another run, or
             TensorBoard is asked for and not installed.
     """
+    _refuse_sharding()
     arguments = training_arguments(settings, data, checkpoint_dir)
     callbacks: list[TrainerCallback] = []
     if tensorboard is not None:
@@ -163,16 +164,12 @@ def _dress(model: PeftModel, settings: TrainSettings) -> None:
         base.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": recompute_contexts}
         )
-    if settings.compile:
-        model.compile()
 
 
 def _undress(trainer: Trainer, model: PeftModel, settings: TrainSettings) -> None:
     """Take off what training put on the model."""
     # autocast stays on the forward method otherwise
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if settings.compile:
-        model._compiled_call_impl = None
     if settings.gradient_checkpointing:
         base: Any = model.get_base_model()
         base.activation_checkpointing_disable()
@@ -188,6 +185,25 @@ def _tensorboard(directory: Path) -> TensorBoardCallback:
     callback = TensorBoardCallback()
     callback.logging_dir = str(directory)
     return callback
+
+
+def _refuse_sharding() -> None:
+    """Refuse to train with sharded parameters.
+
+    A layer of structure `block` multiplies with the factors of earlier layers, which FSDP and
+    ZeRO-3 have scattered again by then: torch refuses to concatenate whole tensors and shards. And
+    on CPUs accelerate 1.15 ignores the wish and trains with whole copies.
+
+    Raises:
+        ValueError: accelerate was told to use FSDP or DeepSpeed.
+    """
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate is set up for {plugin}, which shards parameters: a block shortcut "
+                "needs the whole factors of other layers, and adapters are saved and restored "
+                "whole; use `accelerate launch --multi_gpu`, where every process holds the model"
+            )
 
 
 def _warn_if_alone(processes: int) -> None:

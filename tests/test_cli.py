@@ -250,7 +250,7 @@ def test_a_preset_gives_defaults_that_options_override(terminal: Terminal, prese
 def test_training_options_reach_the_settings(terminal: Terminal) -> None:
     result = terminal(
         *("finetune", "--model", "m", "--data", "d", "--output", "out", "--dry-run"),
-        *("--warmup-ratio", 0.2, "--scheduler", "linear", "--weight-decay", 0.3, "--compile"),
+        *("--warmup-ratio", 0.2, "--scheduler", "linear", "--weight-decay", 0.3),
         *("--precision", "bfloat16", "--early-stopping", 3, "--keep", "last"),
         *("--best-metric", "accuracy", "--tensorboard", "curves"),
     )
@@ -262,7 +262,6 @@ def test_training_options_reach_the_settings(terminal: Terminal) -> None:
         "warmup_ratio": 0.2,
         "scheduler": "linear",
         "weight_decay": 0.3,
-        "compile": True,
         "precision": "bfloat16",
         "early_stopping": 3,
         "keep": "last",

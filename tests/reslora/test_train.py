@@ -16,7 +16,7 @@ from reslora.adapter import load_adapter
 from reslora.attach import attach_adapters
 from reslora.checkpoints import MARKER_FILE
 from reslora.config import AdapterConfig, Structure
-from reslora.settings import TrainSettings
+from reslora.settings import Precision, TrainSettings
 from reslora.train import train_adapter
 from reslora.train_report import OF_THIS_PROCESS, TrainReport
 from reslora.trainer import AdapterTrainer
@@ -243,3 +243,48 @@ def test_accumulated_batches_train_as_one_big_batch(
     # negative control: the mean of the batches' means, as if their tokens were equally many
     monkeypatch.setattr(AdapterTrainer, "_get_num_items_in_batch", lambda *_: None)
     assert distance(big, final("means", 2, 3)) > 1e-3
+
+
+@pytest.mark.parametrize("plugin", ["FSDP", "DEEPSPEED"])
+def test_sharded_parameters_are_refused(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plugin: str,
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(ValueError, match=f"set up for {plugin}.*accelerate launch --multi_gpu"):
+        train(llama, chat_tokenizer, targets, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("structure", [None, *Structure])
+def test_bfloat16_trains_like_float32_and_is_taken_off_again(
+    structure: Structure | None,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    config = AdapterConfig(rank=3, structure=structure)
+    losses = {}
+    for precision in Precision:
+        llama = build_llama()
+        report = train(
+            llama,
+            chat_tokenizer,
+            targets,
+            tmp_path / precision,
+            replace(QUICK, precision=precision),
+            config=config,
+        )
+        losses[precision] = [loss for _, loss in report.loss]
+        assert {p.dtype for p in llama.parameters()} == {torch.float32}
+        probe = torch.arange(8, 20)[None]
+        hidden = llama.model.layers[0].mlp.gate_proj(llama.model.embed_tokens(probe))
+        assert hidden.dtype == torch.float32
+        assert "forward" not in vars(llama), "autocast is still around the forward pass"
+    full, low = losses[Precision.FLOAT32], losses[Precision.BFLOAT16]
+    assert low == pytest.approx(full, rel=28 * torch.finfo(torch.bfloat16).eps)
+    assert low != full
