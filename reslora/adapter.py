@@ -4,6 +4,7 @@ The format is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, keys
 `base_model.model.<fqn>.lora_A.weight`), so a plain LoRA adapter made here loads in PEFT and one
 made by PEFT loads here. An adapter with a shortcut has `peft_type` RESLORA and the keys `structure`
 and `depth`: PEFT refuses it, where reading it as a LoRA would silently drop the shortcut.
+An adapter for classification (`task_type` SEQ_CLS) holds the trained head too (`reslora.head`).
 
 Loading trusts nothing: every tensor is checked against the configuration before it is handed out.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,20 @@ from torch import Tensor
 
 from reslora.attach import ADAPTER_NAME, RESLORA_TYPE, attached_config
 from reslora.config import AdapterConfig, Structure
+from reslora.head import (
+    HEAD_NAMES,
+    require_head,
+    trained_head_parameters,
+    trained_head_tensors,
+    write_head,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-_KEY_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 _SIDES = ("lora_A", "lora_B")
+_CLASSIFICATION = "SEQ_CLS"
 _FOREIGN_OPTIONS = (
     "use_rslora",
     "use_dora",
@@ -53,6 +62,13 @@ class Adapter:
     config: AdapterConfig
     factors: dict[str, tuple[Tensor, Tensor]]
     """FQN of the linear to (A [rank, in], B [out, rank])."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """FQN to tensor of a trained classification head; empty for a language model."""
+
+    @property
+    def head_name(self) -> str | None:
+        """Name of the module that `head` belongs to; None for a language model."""
+        return next((name.partition(".")[0] for name in self.head), None)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return FQN to (out_features, in_features) of the linears the adapter was trained on."""
@@ -70,12 +86,13 @@ def adapter_tensors(
             None.
     """
     suffix = f".{ADAPTER_NAME}.weight"
-    named = peft_model.named_parameters() if state_dict is None else state_dict.items()
-    return {
+    named = list(peft_model.named_parameters() if state_dict is None else state_dict.items())
+    blocks = {
         name.removesuffix(suffix) + ".weight": tensor.detach().to("cpu").contiguous()
         for name, tensor in named
         if name.endswith(suffix) and any(f".{side}." in name for side in _SIDES)
     }
+    return blocks | trained_head_tensors(named, ADAPTER_NAME)
 
 
 def save_adapter(
@@ -122,13 +139,20 @@ def load_adapter(directory: Path) -> Adapter:
             exactly, or a tensor is missing, of wrong shape or not finite. The message names file
             and key.
     """
-    config = _read_config(directory / CONFIG_FILE)
+    values = _read_config_file(directory / CONFIG_FILE)
+    config = _parse_config(values, directory / CONFIG_FILE)
     path = directory / WEIGHTS_FILE
     tensors = _read_tensors(path)
     pairs: dict[str, dict[str, Tensor]] = {}
+    head: dict[str, Tensor] = {}
+    classifies = values.get("task_type") == _CLASSIFICATION
     for key, tensor in tensors.items():
-        fqn, side = _parse_key(key, path)
         _refuse_non_finite(tensor, key, str(path), "the training run diverged: train again")
+        name = key.removeprefix(KEY_PREFIX)
+        if classifies and name != key and name.partition(".")[0] in HEAD_NAMES:
+            head[name] = tensor
+            continue
+        fqn, side = _parse_key(key, path)
         pairs.setdefault(fqn, {})[side] = tensor
     if not pairs:
         raise ValueError(f"{path}: holds no adapter tensors; train the adapter again")
@@ -144,7 +168,12 @@ def load_adapter(directory: Path) -> Adapter:
                 f"{config.rank}] as {CONFIG_FILE} says, got {list(a.shape)} and {list(b.shape)}"
             )
         factors[fqn] = (a, b)
-    return Adapter(config, factors)
+    if classifies and len({name.partition(".")[0] for name in head}) != 1:
+        raise ValueError(
+            f"{path}: task_type is {_CLASSIFICATION}: expected the tensors of one classification "
+            f"head, {' or '.join(HEAD_NAMES)}, got {', '.join(sorted(head)) or 'none'}"
+        )
+    return Adapter(config, factors, head)
 
 
 def restore_adapter(peft_model: PeftModel, directory: Path) -> None:
@@ -173,6 +202,9 @@ def restore_adapter(peft_model: PeftModel, directory: Path) -> None:
                 f"{directory}: {fqn}: adapter is for a linear {[b.shape[0], a.shape[1]]}, "
                 f"the model's is {list(expected)}"
             )
+    head = trained_head_parameters(base, ADAPTER_NAME)
+    require_head(str(directory), adapter.head, head)
+    write_head(head, adapter.head)
     with torch.no_grad():
         for fqn, (a, b) in adapter.factors.items():
             layers[fqn].lora_A[ADAPTER_NAME].weight.copy_(a)
@@ -181,10 +213,10 @@ def restore_adapter(peft_model: PeftModel, directory: Path) -> None:
 
 def tensor_key(fqn: str, side: str) -> str:
     """Return PEFT's file key of a factor; side is `lora_A` or `lora_B`."""
-    return f"{_KEY_PREFIX}{fqn}.{side}.weight"
+    return f"{KEY_PREFIX}{fqn}.{side}.weight"
 
 
-def _read_config(path: Path) -> AdapterConfig:
+def _read_config_file(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -193,10 +225,22 @@ def _read_config(path: Path) -> AdapterConfig:
         raise ValueError(f"{path}: unreadable ({error}); train or copy the adapter again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _parse_config(values: Mapping[str, Any], path: Path) -> AdapterConfig:
     kind = values.get("peft_type")
     if kind not in ("LORA", RESLORA_TYPE):
         raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA' or '{RESLORA_TYPE}'")
     foreign = [name for name in _FOREIGN_OPTIONS if values.get(name)]
+    saved = values.get("modules_to_save")
+    if (
+        values.get("task_type") == _CLASSIFICATION
+        and isinstance(saved, list)
+        and set(map(str, saved)) <= set(HEAD_NAMES)
+        and "modules_to_save" in foreign
+    ):
+        foreign.remove("modules_to_save")  # the head: see reslora.head
     if values.get("bias", "none") != "none":
         foreign.append("bias")
     if foreign:
@@ -229,10 +273,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _parse_key(key: str, path: Path) -> tuple[str, str]:
     for side in _SIDES:
         suffix = f".{side}.weight"
-        if key.startswith(_KEY_PREFIX) and key.endswith(suffix):
-            return key.removeprefix(_KEY_PREFIX).removesuffix(suffix), side
+        if key.startswith(KEY_PREFIX) and key.endswith(suffix):
+            return key.removeprefix(KEY_PREFIX).removesuffix(suffix), side
     raise ValueError(
-        f"{path}: unexpected key {key!r}, expected {_KEY_PREFIX}<module>.lora_A|lora_B.weight; "
+        f"{path}: unexpected key {key!r}, expected {KEY_PREFIX}<module>.lora_A|lora_B.weight; "
         "adapters that train anything else are not supported"
     )
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from reslora.chains import find_chains
 from reslora.config import ALL_PREVIOUS, AdapterConfig, Structure
+from reslora.head import HEAD_NAMES, wrapped_heads
 from reslora.layers import (
     BlockShortcutLinear,
     InputShortcutLinear,
@@ -61,15 +62,22 @@ class ShortcutLoraConfig(LoraConfig):
 
 
 def attach_adapters(
-    model: nn.Module, config: AdapterConfig, target_fqns: Sequence[str], *, seed: int = 0
+    model: nn.Module,
+    config: AdapterConfig,
+    target_fqns: Sequence[str],
+    *,
+    seed: int = 0,
+    head: str | None = None,
 ) -> PeftModel:
-    """Put a LoRA or ResLoRA block on each target linear; only the blocks are trainable.
+    """Put a LoRA or ResLoRA block on each target linear; only they and a head are trainable.
 
     Args:
         model: A transformers model; its modules are replaced in place.
         config: The adapter.
         target_fqns: Dotted names of `nn.Linear` modules.
         seed: Seed of the A matrices; the global generator is left as it was.
+        head: Name of the model's classification head, `classifier` or `score`: a copy of it is
+            trained as a whole. None for a language model.
 
     Returns:
         The PEFT model around `model`.
@@ -77,14 +85,15 @@ def attach_adapters(
     Invariant: B starts at zero, so the wrapped model computes what `model` computed.
 
     Raises:
-        ValueError: No target, a target that is missing or no linear, or a model that already
-            carries adapters.
+        ValueError: No target, a target or head that is missing, a target that is no linear or lies
+            in the head, or a model that already carries adapters.
     """
+    _check_head(model, head, target_fqns)
     shapes = _target_shapes(model, target_fqns)
     # peft declares an int but scales by any number; whole numbers stay whole in the file
     alpha: Any = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     peft_config = ShortcutLoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS,
         r=config.rank,
         lora_alpha=alpha,
         lora_dropout=config.dropout,
@@ -105,6 +114,9 @@ def attach_adapters(
     if set(wrapped) != set(shapes):
         surplus = sorted(set(wrapped) ^ set(shapes))
         raise ValueError(f"adapter targets and wrapped modules differ: {', '.join(surplus[:5])}")
+    if head is not None:
+        # transformers' heads take the Trainer's count of items and average over the batch instead
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]  # no module, as torch expects
     if config.structure is not None:
         _link_chains(model, config, shapes)
     return peft_model
@@ -121,7 +133,11 @@ def detach_adapters(peft_model: PeftModel) -> nn.Module:
 
     Invariant: the returned model's weights are bit for bit those before attaching.
     """
+    # peft would leave the trained head in place
+    heads = wrapped_heads(peft_model.get_base_model())
     base: nn.Module = peft_model.unload()
+    for name, wrapper in heads.items():
+        base.set_submodule(name, wrapper.original_module)
     return base.requires_grad_(True)
 
 
@@ -140,6 +156,19 @@ def attached_config(peft_model: PeftModel) -> AdapterConfig:
         structure=None if held.structure is None else Structure(held.structure),
         depth=held.depth,
     )
+
+
+def _check_head(model: nn.Module, head: str | None, target_fqns: Sequence[str]) -> None:
+    if head is None:
+        return
+    if head not in HEAD_NAMES or head not in dict(model.named_children()):
+        raise ValueError(
+            f"classification head {head!r}: expected one of {', '.join(HEAD_NAMES)} that the model "
+            f"has, got a {type(model).__name__}; load it for sequence classification"
+        )
+    inside = [fqn for fqn in target_fqns if fqn.split(".")[0] == head]
+    if inside:
+        raise ValueError(f"target {inside[0]}: lies in the head, which is trained as a whole")
 
 
 def _target_shapes(model: nn.Module, target_fqns: Sequence[str]) -> dict[str, tuple[int, int]]:

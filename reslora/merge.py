@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reslora.adapter import Adapter
 from reslora.config import Structure
+from reslora.head import head_parameters, require_head, write_head
 from reslora.merged_factors import Factors, MergeMethod, merged_factors
 from reslora.shortcut_statistics import ShortcutStatistics
 
@@ -87,6 +88,8 @@ def merge_adapter(
 ) -> MergeReport:
     """Add an adapter's weight changes to a model that carries no adapter layers.
 
+    A classification head that was trained with the adapter takes the place of the model's.
+
     Two passes, one layer in memory at a time: the first computes and checks every merged weight,
     the second writes. A refusal leaves the model as it was.
 
@@ -101,9 +104,11 @@ def merge_adapter(
 
     Raises:
         ValueError: A layer is missing, of other shape, shares its weight, or would not be finite;
-            or as `delta_weights`.
+            model and adapter differ in their classification heads; or as `delta_weights`.
     """
     weights = _matching_weights(model, adapter)
+    head = head_parameters(model)
+    require_head("merge", adapter.head, head)
     factors = dict(merged_factors(adapter, method, statistics))
     for fqn, pair in factors.items():
         merged = _merged(weights[fqn], _delta(adapter, pair))
@@ -122,6 +127,7 @@ def merge_adapter(
         relative = delta_norm / before if before > 0 else 0.0
         blocks = pair[0].shape[0] // adapter.config.rank
         layers.append(MergedLayer(fqn, blocks, delta_norm, relative))
+    write_head(head, adapter.head)
     return MergeReport(method, adapter.config.structure, tuple(layers))
 
 

@@ -21,7 +21,14 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reslora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, plain_json, tensor_key
+from reslora.adapter import (
+    CONFIG_FILE,
+    KEY_PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    plain_json,
+    tensor_key,
+)
 from reslora.config import AdapterConfig
 from reslora.merged_factors import MergeMethod, merged_factors
 from reslora.shortcut_statistics import ShortcutStatistics
@@ -70,7 +77,7 @@ def to_peft_adapter(
         if not bool(torch.isfinite(a_full).all() and torch.isfinite(b_full).all()):
             raise ValueError(f"{fqn}: merged factors are not finite in {dtype}; export in float32")
         factors[fqn] = (a_full, b_full)
-    return Adapter(_plain_config(adapter.config, rank), factors)
+    return Adapter(_plain_config(adapter.config, rank), factors, adapter.head)
 
 
 def recompress(adapter: Adapter, rank: int) -> Recompressed:
@@ -102,7 +109,8 @@ def recompress(adapter: Adapter, rank: int) -> Recompressed:
         factors[fqn] = (new_a.to(a.dtype), new_b.to(b.dtype))
         whole = float(sizes.norm())
         errors[fqn] = float(sizes[kept:].norm()) / whole if whole > 0 else 0.0
-    return Recompressed(Adapter(_plain_config(adapter.config, rank), factors), errors)
+    plain = Adapter(_plain_config(adapter.config, rank), factors, adapter.head)
+    return Recompressed(plain, errors)
 
 
 def write_peft_adapter(
@@ -119,7 +127,7 @@ def write_peft_adapter(
         directory: Created if missing.
         base_model: Noted as the model the adapter belongs to.
         task_type: PEFT's; it decides which wrapper PEFT puts around the model. None is the general
-            one.
+            one. An adapter with a classification head is for SEQ_CLS in any case.
 
     Raises:
         ValueError: The adapter has a shortcut, which a plain adapter cannot express.
@@ -127,7 +135,8 @@ def write_peft_adapter(
     if adapter.config.structure is not None:
         raise ValueError("PEFT knows no shortcut: call to_peft_adapter first")
     config = LoraConfig(
-        task_type=task_type,
+        task_type=task_type if adapter.head_name is None else "SEQ_CLS",
+        modules_to_save=None if adapter.head_name is None else [adapter.head_name],
         base_model_name_or_path=base_model,
         r=adapter.config.rank,
         lora_alpha=_whole(adapter.config.alpha),
@@ -136,7 +145,7 @@ def write_peft_adapter(
         bias="none",
         inference_mode=True,
     )
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     for fqn, (a, b) in adapter.factors.items():
         tensors[tensor_key(fqn, "lora_A")] = a.contiguous()
         tensors[tensor_key(fqn, "lora_B")] = b.contiguous()
