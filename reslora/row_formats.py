@@ -7,7 +7,7 @@
     text                           plain text, every token is learned
 
 A row is recognized by its keys, in this order. `text` with `label` is classification data, which a
-causal model cannot learn from without wording, and is refused.
+causal model cannot learn from without wording, and is refused; `labelled_rows` reads it.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def _from_text(row: Mapping[Any, Any], origin: str) -> Example | None:
     if row.get("label") is not None:
         raise ValueError(
             f"{origin}: text with label is classification data, which causal training cannot use; "
-            "give prompt and completion, with the label written out as the completion"
+            "give prompt and completion, with the label written out as the completion, or train an "
+            "encoder for the task classification"
         )
     if not isinstance(row["text"], str):
         raise ValueError(f"{origin}: text must be a string, got {type(row['text']).__name__}")

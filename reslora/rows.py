@@ -13,10 +13,11 @@ import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from reslora.row_formats import Example, parse_row
 
-__all__ = ["Example", "parse_row", "read_rows", "split_validation"]
+__all__ = ["Example", "decoded_rows", "parse_row", "read_rows", "split_validation"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,29 +42,46 @@ def read_rows(source: str, *, split: str = "train") -> list[Example]:
         ValueError: The source is missing, empty, damaged or of unknown type, or a row is malformed.
     """
     path = Path(source)
-    name = path.name.lower()
-    if path.is_dir():
-        raise ValueError(f"{source}: is a directory; expected a file or a hub data set id")
-    if path.is_file():
-        if name.endswith(TEXT_SUFFIXES):
-            examples = list(_text_pieces(path))
-        elif name.endswith(JSON_SUFFIXES):
-            examples = _parse_rows(source, _json_rows(path))
-        else:
-            known = ", ".join(JSON_SUFFIXES + TEXT_SUFFIXES)
-            raise ValueError(f"{source}: unknown file type; expected one of {known}")
-    elif name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES) or path.is_absolute() or source[:1] == ".":
-        raise ValueError(f"{source}: no such file")
+    if path.is_file() and path.name.lower().endswith(TEXT_SUFFIXES):
+        examples = list(_text_pieces(path))
     else:
-        examples = _parse_rows(source, _hub_rows(source, split))
+        known = JSON_SUFFIXES + TEXT_SUFFIXES
+        examples = _parse_rows(source, decoded_rows(source, split=split, known=known))
     if not examples:
         raise ValueError(f"{source}: holds no rows; give at least one example")
     return examples
 
 
+def decoded_rows(
+    source: str, *, split: str = "train", known: Sequence[str] = JSON_SUFFIXES
+) -> Iterator[tuple[str, object]]:
+    """Return (origin, decoded row) of a JSONL file or a hub data set, read as they are asked for.
+
+    Args:
+        source: Path of a JSONL file (gzip or not), or a hub data set id.
+        split: Split of a hub data set; ignored for files.
+        known: File types that the message about an unknown one names.
+
+    Raises:
+        ValueError: The source is missing or of unknown type; while rows are taken, that it is
+            damaged.
+    """
+    path = Path(source)
+    name = path.name.lower()
+    if path.is_dir():
+        raise ValueError(f"{source}: is a directory; expected a file or a hub data set id")
+    if path.is_file():
+        if not name.endswith(JSON_SUFFIXES):
+            raise ValueError(f"{source}: unknown file type; expected one of {', '.join(known)}")
+        return _json_rows(path)
+    if name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES) or path.is_absolute() or source[:1] == ".":
+        raise ValueError(f"{source}: no such file")
+    return _hub_rows(source, split)
+
+
 def split_validation(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[Any], fraction: float, seed: int
+) -> tuple[list[Any], list[Any]]:
     """Split off a validation set by a seeded shuffle.
 
     Args:

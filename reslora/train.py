@@ -191,8 +191,7 @@ def _refuse_sharding() -> None:
     """Refuse to train with sharded parameters.
 
     A layer of structure `block` multiplies with the factors of earlier layers, which FSDP and
-    ZeRO-3 have scattered again by then: torch refuses to concatenate whole tensors and shards. And
-    on CPUs accelerate 1.15 ignores the wish and trains with whole copies.
+    ZeRO-3 have scattered again by then: torch refuses to concatenate whole tensors and shards.
 
     Raises:
         ValueError: accelerate was told to use FSDP or DeepSpeed.

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from reslora.labelled_rows import LabelledExample
 
 ENCODERS = ("bert", "roberta")
 
@@ -57,3 +65,39 @@ def encoder_batches(seed: int, rows: int = 5) -> list[dict[str, Tensor]]:
         mask[2, -7:] = 0
         batches.append({"input_ids": ids * mask, "attention_mask": mask})
     return batches
+
+
+def build_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a character-level tokenizer that marks and joins texts as BERT's does."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {
+        token: index
+        for index, token in enumerate([*special, *(chr(code) for code in range(32, 127))])
+    }
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_max_length=72,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def labelled_examples(count: int) -> list[LabelledExample]:
+    """Return texts of different lengths whose first letter tells their class."""
+    words = ("good", "bad", "odd")
+    return [
+        LabelledExample(
+            f"tiny:{index}", (f"{words[index % 3]} " + "so " * (index % 5) + f"{index}",), index % 3
+        )
+        for index in range(count)
+    ]
