@@ -47,6 +47,13 @@ class MethodName(StrEnum):
     LORA = "lora"
 
 
+class TaskName(StrEnum):
+    """Values of --task."""
+
+    LANGUAGE = "language"
+    CLASSIFICATION = "classification"
+
+
 class StructureName(StrEnum):
     """Values of --structure."""
 
@@ -150,6 +157,13 @@ def finetune_command(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help="Training rows: JSONL(.gz) or text file, or hub id.")],
     output: Output,
+    task: Annotated[
+        TaskName,
+        typer.Option(
+            help="What is learned: language by a decoder, or classification, with labelled rows, "
+            "by an encoder (bert, roberta; minilm-l6 is one that a package brings)."
+        ),
+    ] = TaskName.LANGUAGE,
     preset: Annotated[
         PresetName | None,
         typer.Option(
@@ -174,7 +188,11 @@ def finetune_command(
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout on the input of the adapters.")] = 0.0,
     targets: Annotated[
-        str, typer.Option(help="Adapted linears: a list of q,k,v,o,gate,up,down, or all.")
+        str,
+        typer.Option(
+            help="Adapted linears: a list of q,k,v,o,gate,up,down, or all. An encoder has no gate, "
+            "and query,key,value are names too."
+        ),
     ] = "q,v",
     validation: Annotated[
         str | None, typer.Option(help="Validation rows. Default: a share of the training rows.")
@@ -236,6 +254,7 @@ def finetune_command(
 ) -> None:
     """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (rotated LoRA)."""
     from deploy.finetune import FinetuneSettings, Method, finetune
+    from deploy.finetune_tasks import TrainingTask
     from reslora.config import AdapterConfig, Structure
     from reslora.settings import Keep, Precision, Scheduler, TrainSettings
     from rolora.rotation import RotationKind
@@ -274,6 +293,7 @@ def finetune_command(
         model=model,
         data=data,
         validation=validation,
+        task=TrainingTask(task),
         method=Method(method),
         adapter=adapter,
         targets=targets,
@@ -298,11 +318,15 @@ def finetune_command(
             ("first and last loss", _first_and_last(training_result["loss"])),
             ("validation loss", _first_and_last(training_result["eval_loss"])),
             ("kept state", f"step {training_result['kept_step']}"),
+            *_last_metrics(training_result["eval_metrics"]),
             ("trainable parameters", f"{training_result['trainable_parameters']:,}"),
             (
                 "next",
                 f"rolora merge-rotate-quantize --model {model} --adapter {output} --scheme W8A8 "
-                f"--output ...",
+                f"--output ..."
+                if task is TaskName.LANGUAGE
+                else f"rolora evaluate --tasks classification --model {model} --adapter {output} "
+                f"--data ...",
             ),
         ],
     )
@@ -693,6 +717,12 @@ def _first_and_last(points: list[list[float]]) -> str:
     if not points:
         return "none"
     return f"{points[0][1]:.4f}, {points[-1][1]:.4f}"
+
+
+def _last_metrics(points: list[list[Any]]) -> list[tuple[str, str]]:
+    """Show the metrics of the last validation."""
+    last = points[-1][1] if points else {}
+    return [(f"validation {name}", f"{value:.4f}") for name, value in last.items()]
 
 
 def _megabytes(count: float) -> str:

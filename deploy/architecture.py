@@ -1,9 +1,11 @@
-"""Model families: which module plays which part. The only place that spells module names.
+"""Decoder families: which module plays which part. The only place that spells their names.
 
 The four families share one layout: pre-norm blocks with RMSNorm, rotary attention and a gated SiLU
 MLP. They differ in biases (found on the modules themselves), in q/k norms and in where a sliding
 attention window applies. What a config may ask for beyond that is refused here, before any weight
 is read, because a rotation or a graph that ignored it would be silently wrong.
+
+Encoders, which have blocks of another kind, are in `encoder_architecture`.
 """
 
 from __future__ import annotations
@@ -56,6 +58,10 @@ TARGET_PARTS: Mapping[str, str] = {
 
 ALL_TARGETS = "all"
 
+ENCODER_TYPES = ("bert", "roberta")
+"""Model types of encoders, which learn to classify and are neither rotated nor exported."""
+
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
 
@@ -78,6 +84,11 @@ def family_of(model_type: str, where: str = "model") -> Family:
     Raises:
         UnsupportedModelError: not one of `FAMILIES`.
     """
+    if model_type in ENCODER_TYPES:
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} is an encoder, which learns to classify: add "
+            f"--task classification to rolora finetune; here {', '.join(FAMILIES)} are supported"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{where}: model type {model_type!r} is not supported; "

@@ -5,6 +5,8 @@
     rolora    rotate first, train LoRA on the rotated weights, keep the rotation with the adapter
     (arXiv:2407.08044)
 
+What a model learns, language or labels, is `finetune_tasks`.
+
 Under `accelerate launch` every process trains, and the first one writes. Training checkpoints lie
 in `<output>.training` until the adapter is written, so that a killed run can go on with `--resume`.
 """
@@ -20,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from deploy.architecture import decoder_names, resolve_targets
+from deploy.architecture import decoder_names
 from deploy.artifact import (
     ArtifactKind,
     Manifest,
@@ -31,19 +33,16 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.errors import ConfigError, UnsupportedModelError
-from deploy.loading import LoadedModel, load_model
+from deploy.finetune_tasks import TrainingTask, read_task_rows
+from deploy.loading import LoadedModel
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig
-from reslora.row_formats import Example
-from reslora.rows import read_rows
 from reslora.settings import TrainSettings
 from reslora.train import train_adapter
 from reslora.train_report import TrainReport
-from reslora.training_data import language_data
-from rolora.decoder import DecoderNames
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 
@@ -68,6 +67,7 @@ class FinetuneSettings:
     adapter: AdapterConfig
     targets: str = "q,v"
     validation: str | None = None
+    task: TrainingTask = TrainingTask.LANGUAGE
     training: TrainSettings = field(default_factory=TrainSettings)
     rotation_kind: RotationKind = RotationKind.HADAMARD
     rotation_seed: int = 0
@@ -76,8 +76,12 @@ class FinetuneSettings:
         """Check method and structure against each other.
 
         Raises:
-            ConfigError: reslora without a structure, or lora with one.
+            ConfigError: reslora without a structure, lora with one, or rolora for an encoder.
         """
+        if self.method is Method.ROLORA and self.task is TrainingTask.CLASSIFICATION:
+            raise ConfigError(
+                "--method rolora rotates decoders only; --task classification takes reslora or lora"
+            )
         if self.method is Method.RESLORA and self.adapter.structure is None:
             raise ConfigError("--method reslora needs --structure block, input or middle")
         if self.method is Method.LORA and self.adapter.structure is not None:
@@ -135,27 +139,25 @@ def finetune(
         ArtifactError: A file is damaged or the disk is full.
         UnsupportedModelError: The model is of another family, or a size has no Hadamard matrix.
     """
-    examples = _read(settings.data)
-    validation = None if settings.validation is None else _read(settings.validation)
+    rows = read_task_rows(settings.task, settings.data, settings.validation, settings.training)
     progress(f"loading {settings.model}")
-    loaded = load_model(settings.model)
+    loaded = rows.load(settings.model)
     parents = {"model": loaded.digest} | _data_digests(settings)
     if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
         progress(f"{output} is finished already")
         return FinetuneReport(output, done, {})
-    names = decoder_names(loaded.model.config)
-    targets = resolve_targets(names, settings.targets)
-    plan = _rotate(loaded, names, settings)
+    targets = rows.targets(loaded.model.config, settings.targets)
+    plan = _rotate(loaded, settings)
     checkpoints = output.with_name(f"{output.name}.training")
     try:
         model = attach_adapters(
-            loaded.model, settings.adapter, targets, seed=settings.training.seed
+            loaded.model, settings.adapter, targets, seed=settings.training.seed, head=rows.head
         )
         if plan is not None:
-            install_online_rotations(model, plan, names)
+            install_online_rotations(model, plan, decoder_names(loaded.model.config))
         _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
-        progress(f"training on {len(examples)} examples")
-        data = language_data(examples, validation, loaded.tokenizer, settings.training)
+        progress(f"training on {rows.count} examples")
+        data = rows.data(loaded, settings.training)
         training = train_adapter(
             model, data, settings.training, checkpoints, resume, tensorboard=tensorboard
         )
@@ -166,7 +168,8 @@ def finetune(
     summary, clock = training.parted()
     with new_artifact(output) as directory:
         save_adapter(model, settings.adapter, directory)
-        details: dict[str, Any] = {"training": summary} | save_rotation(directory, plan)
+        details: dict[str, Any] = {"training": summary, **rows.details}
+        details |= save_rotation(directory, plan)
         manifest = write_manifest(
             directory,
             Manifest(
@@ -204,13 +207,6 @@ def _claim_checkpoints(directory: Path, model_digest: str, *, resume: bool) -> N
         marker.write_text(model_digest + "\n", encoding="utf-8")
 
 
-def _read(source: str) -> list[Example]:
-    try:
-        return read_rows(source)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
     """Return the digests of the data files; a hub data set has none."""
     sources = {"data": settings.data, "validation": settings.validation}
@@ -221,11 +217,10 @@ def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
     }
 
 
-def _rotate(
-    loaded: LoadedModel, names: DecoderNames, settings: FinetuneSettings
-) -> RotationPlan | None:
+def _rotate(loaded: LoadedModel, settings: FinetuneSettings) -> RotationPlan | None:
     if settings.method is not Method.ROLORA:
         return None
+    names = decoder_names(loaded.model.config)
     try:
         plan = RotationPlan.draw(
             names, frozenset(RotationName), settings.rotation_kind, settings.rotation_seed

@@ -36,12 +36,14 @@ from deploy.gguf_files import check_gguf, find_demo_file
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
+    find_demo_encoder,
     find_weight_files,
     name_some,
     read_model_config,
 )
 
 DEMO_MODEL = "smollm2-135m"
+DEMO_ENCODER = "minilm-l6"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 HUB_IGNORED = ("consolidated*", "*/*")
@@ -79,6 +81,8 @@ def load_model(reference: str | Path, dtype: torch.dtype = torch.float32) -> Loa
     path = Path(text).expanduser()
     if text == DEMO_MODEL:
         return _load_gguf(find_demo_file(), text, dtype)
+    if text == DEMO_ENCODER:
+        return _load_directory(find_demo_encoder(), text, dtype)
     if path.is_dir():
         return _load_directory(path, path.resolve().name, dtype)
     if path.is_file() and path.suffix == ".gguf":
@@ -86,7 +90,7 @@ def load_model(reference: str | Path, dtype: torch.dtype = torch.float32) -> Loa
     if path.exists():
         raise ConfigError(f"model {text}: expected {LOCAL_OPTIONS}, got another kind of file")
     if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
-        return _load_directory(_download(text), text, dtype)
+        return _load_directory(download_model(text), text, dtype)
     raise ConfigError(f"model {text}: no such file or directory; give {LOCAL_OPTIONS}, or a hub id")
 
 
@@ -106,7 +110,12 @@ def save_tokenizer(loaded: LoadedModel, directory: Path) -> None:
         )
 
 
-def _download(reference: str) -> Path:
+def download_model(reference: str) -> Path:
+    """Fetch a model's files from the hub, pickles and code left out, and return where they lie.
+
+    Raises:
+        ConfigError: the hub has no such model or cannot be reached.
+    """
     try:
         return Path(
             snapshot_download(
@@ -122,18 +131,13 @@ def _download(reference: str) -> Path:
 
 
 def _load_directory(directory: Path, name: str, dtype: torch.dtype) -> LoadedModel:
-    _refuse_other_stages(directory)
+    refuse_other_stages(directory)
     raw_config = read_model_config(directory)
     family_of(str(raw_config.get("model_type")), str(directory))
-    if raw_config.get("quantization_config"):
-        method = raw_config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UnsupportedModelError(
-            f"{directory}: is quantized already ({method}); give the model it was made from"
-        )
+    refuse_quantized(directory, raw_config)
     weight_files = find_weight_files(directory)
     model = _load_weights(directory, dtype, use_safetensors=True)
-    tokenizer = _load_tokenizer(directory)
+    tokenizer = load_local_tokenizer(directory)
     digest = digest_files([*weight_files, directory / CONFIG_NAME])
     return LoadedModel(model, tokenizer, name, digest)
 
@@ -143,12 +147,31 @@ def _load_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:
     # The dequantizing loop draws a bar on stderr that no transformers setting turns off.
     with redirect_stderr(io.StringIO()):
         model = _load_weights(path.parent, dtype, gguf_file=path.name)
-        tokenizer = _load_tokenizer(path.parent, gguf_file=path.name)
+        tokenizer = load_local_tokenizer(path.parent, gguf_file=path.name)
     model.config._name_or_path = name
     return LoadedModel(model, tokenizer, name, digest_files([path]))
 
 
-def _refuse_other_stages(directory: Path) -> None:
+def refuse_quantized(directory: Path, raw_config: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are integers already.
+
+    Raises:
+        UnsupportedModelError: config.json says so.
+    """
+    if raw_config.get("quantization_config"):
+        method = raw_config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise UnsupportedModelError(
+            f"{directory}: is quantized already ({method}); give the model it was made from"
+        )
+
+
+def refuse_other_stages(directory: Path) -> None:
+    """Refuse a directory that holds one of our artifacts or an adapter instead of a model.
+
+    Raises:
+        StageOrderError: it does.
+    """
     if is_artifact(directory):
         kind = read_manifest(directory).kind
         raise StageOrderError(
@@ -166,10 +189,10 @@ def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrai
     """Load config and weights with every departure of one from the other made an error."""
     where = str(directory / source.get("gguf_file", ""))
     config_source = {key: value for key, value in source.items() if key == "gguf_file"}
-    with _quiet_transformers():
-        config = _call(where, AutoConfig.from_pretrained, directory, **config_source)
+    with quiet_transformers():
+        config = call_loader(where, AutoConfig.from_pretrained, directory, **config_source)
         decoder_names(config)
-        model, info = _call(
+        model, info = call_loader(
             where,
             AutoModelForCausalLM.from_pretrained,
             directory,
@@ -181,30 +204,48 @@ def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrai
             ignore_mismatched_sizes=True,  # so that they are reported with the other faults below
             **source,
         )
-    _refuse_departures(where, info)
-    _refuse_non_finite(where, model)
+    refuse_departures(where, info)
+    refuse_non_finite(where, model)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _load_tokenizer(directory: Path, **source: Any) -> PreTrainedTokenizerBase:
+def load_local_tokenizer(directory: Path, **source: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     where = str(directory / source.get("gguf_file", ""))
-    with _quiet_transformers():
-        tokenizer: PreTrainedTokenizerBase = _call(
+    with quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = call_loader(
             f"{where}: tokenizer", AutoTokenizer.from_pretrained, directory, **source
         )
     return tokenizer
 
 
-def _call(where: str, load: Callable[..., Any], directory: Path, **options: Any) -> Any:
-    """Call a transformers loader on local files; what it raises then is about those files."""
+def call_loader(where: str, load: Callable[..., Any], directory: Path, **options: Any) -> Any:
+    """Call a transformers loader on local files; what it raises then is about those files.
+
+    Raises:
+        ArtifactError: the loader raised.
+    """
     try:
         return load(str(directory), local_files_only=True, **options)
     except Exception as error:  # tokenizers raises bare Exception, transformers nearly any type
         raise ArtifactError(f"{where}: cannot be loaded ({error})") from error
 
 
-def _refuse_departures(where: str, info: Mapping[str, Any]) -> None:
+def refuse_departures(where: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the config.
+
+    Args:
+        where: model named in the message.
+        info: what transformers reports of loading.
+
+    Raises:
+        ArtifactError: a tensor is missing, unknown or of another shape.
+    """
     faults = []
     if info["missing_keys"]:
         faults.append(f"the files lack {name_some(info['missing_keys'])}")
@@ -222,7 +263,12 @@ def _refuse_departures(where: str, info: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{where}: weights do not fit {CONFIG_NAME}: {'; '.join(faults)}")
 
 
-def _refuse_non_finite(where: str, model: PreTrainedModel) -> None:
+def refuse_non_finite(where: str, model: PreTrainedModel) -> None:
+    """Refuse a model with NaN or infinite weights.
+
+    Raises:
+        ArtifactError: a tensor holds one.
+    """
     for name, parameter in model.named_parameters():
         # A float64 sum is finite when every term is, and needs no mask as large as the tensor.
         if not torch.isfinite(parameter.sum(dtype=torch.float64)):
@@ -233,7 +279,7 @@ def _refuse_non_finite(where: str, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence what transformers logs and draws while it loads: every fault is raised instead."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()

