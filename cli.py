@@ -542,13 +542,25 @@ def evaluate_command(
         str | None, typer.Option(help="Text, as for --calibration. Default: a sample of ours.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
-    tasks: Annotated[str, typer.Option(help="A list of ppl, kl.")] = "ppl",
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter that the model carries; for classification.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="A list of ppl, kl; or classification, of labelled rows.")
+    ] = "ppl",
     windows: Annotated[int, typer.Option(help="Windows, evenly spaced over the text.")] = 12,
     window_tokens: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, and divergence from a reference, of any model on a text."""
+    if tasks.strip() == TaskName.CLASSIFICATION:
+        if data is None or reference is not None:
+            raise ConfigError("--tasks classification needs --data rows and takes no --reference")
+        _evaluate_classification(model, adapter, data, as_json)
+        return
+    if adapter is not None:
+        raise ConfigError("--adapter is for --tasks classification; merge the adapter first")
     from deploy.calibration_text import sample_text
     from deploy.evaluate import cut_windows, evaluate_model, evaluation_summary, parse_tasks
     from deploy.language_model import open_language_model
@@ -651,6 +663,18 @@ def demo_command(
         f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'",
         markup=False,
     )
+
+
+def _evaluate_classification(model: str, adapter: Path | None, data: str, as_json: bool) -> None:
+    """Measure an encoder on labelled rows."""
+    from deploy.classify import evaluate_on_rows
+
+    with stderr.status("loading") as status:
+        summary = evaluate_on_rows(
+            model, adapter, data, lambda done, total: status.update(f"row {done} of {total}")
+        )
+    results = summary["results"]
+    _finish(summary, as_json, [(name, f"{value:.6g}") for name, value in results.items()])
 
 
 class _bad_values:

@@ -36,7 +36,7 @@ APPROXIMATIONS = tuple(method for method in MergeMethod if method is not MergeMe
 
 def merge_stored_adapter(
     model: nn.Module,
-    names: DecoderNames,
+    names: DecoderNames | None,
     stored: StoredAdapter,
     method: MergeMethod | None,
     calibration: Callable[[], list[dict[str, Tensor]]],
@@ -45,7 +45,7 @@ def merge_stored_adapter(
 
     Args:
         model: Changed in place.
-        names: Its parts.
+        names: Its parts; None for an encoder, which carries no rotation.
         stored: The adapter.
         method: How; None is `exact` where that is possible, else the method whose predictions have
             the least KL from the unmerged model's.
@@ -71,11 +71,11 @@ def merge_stored_adapter(
             f"{len(batches)}: give more text"
         )
     held_out = batches[-max(1, len(batches) // 4) :]
-    attached = attach_adapters(model, adapter.config, list(adapter.factors))
+    attached = attach_adapters(model, adapter.config, list(adapter.factors), head=adapter.head_name)
     handles = []
     try:
         restore_adapter(attached, stored.directory)
-        if stored.rotation is not None:
+        if stored.rotation is not None and names is not None:
             handles = install_online_rotations(attached, stored.rotation, names)
         if any(needs_statistics(adapter, each) for each in methods):
             statistics = collect_statistics(

@@ -5,6 +5,10 @@ merged one,
 
     kl_mean = mean KL(p || q)      top1_agreement = mean [argmax p = argmax q]
 
+A classifier predicts once for each text, not for each token. A regression's prediction y is taken
+as the mean of a normal distribution of variance 1, of which squared error is the likelihood; then
+KL(p || q) = (y_p - y_q)^2 / 2.
+
 Errors of all layers enter, and how they add up: the methods can be ranked by it. The merged model
 is not built: in every wrapped layer s B*_n A*_n x_n takes the branch's place, which is the merged
 weight's function to rounding. So no weight is copied or written, several methods are measured in
@@ -38,9 +42,10 @@ class Divergence:
     """Of a merged model from the unmerged one, over all tokens that no mask leaves out."""
 
     kl_mean: float
-    """In nats per token."""
-    top1_agreement: float
-    """Share of the tokens whose most probable successor is the same."""
+    """In nats per token; of a classifier, per text."""
+    top1_agreement: float | None
+    """Share of the tokens whose most probable successor is the same, or of the texts whose most
+    probable class is; None for a regression."""
 
 
 def merge_divergences(
@@ -53,8 +58,8 @@ def merge_divergences(
     """Measure what each method would change in the model's predictions; nothing is merged.
 
     Args:
-        model: The attached language model that carries `adapter`; each batch runs once in it, and
-            once for every method.
+        model: The attached language model or classifier that carries `adapter`; each batch runs
+            once in it, and once for every method.
         adapter: The adapter to merge.
         methods: See `merged_factors`.
         batches: As for `collect_statistics`, but held out from it.
@@ -85,14 +90,19 @@ def merge_divergences(
 
 @dataclass
 class _Sums:
-    """Running sums over tokens."""
+    """Running sums over predictions."""
 
-    tokens: int = 0
+    count: int = 0
     kl: float = 0.0
     agreements: int = 0
+    is_regression: bool = False
 
     def add(self, expected: Tensor, found: Tensor) -> None:
-        self.tokens += expected.shape[0]
+        self.count += expected.shape[0]
+        if expected.shape[-1] == 1:
+            self.is_regression = True
+            self.kl += float((expected.double() - found.double()).square().sum()) / 2
+            return
         chunks = zip(expected.split(CHUNK_TOKENS), found.split(CHUNK_TOKENS), strict=True)
         for one, other in chunks:
             log_p, log_q = (logits.double().log_softmax(dim=-1) for logits in (one, other))
@@ -100,19 +110,22 @@ class _Sums:
             self.agreements += int((one.argmax(dim=-1) == other.argmax(dim=-1)).sum())
 
     def divergence(self, method: MergeMethod) -> Divergence:
-        if self.tokens == 0:
+        if self.count == 0:
             raise ValueError("no held-out token to compare predictions on: give more text")
         if not math.isfinite(self.kl):
             raise ValueError(
                 f"merge method {method.value!r}: logits are not finite on the held-out batches; "
                 "run them in float32"
             )
-        return Divergence(self.kl / self.tokens, self.agreements / self.tokens)
+        agreement = None if self.is_regression else self.agreements / self.count
+        return Divergence(self.kl / self.count, agreement)
 
 
 def _logits(model: PeftModel, batch: Mapping[str, Any]) -> Tensor:
-    """Return the logits [N, V] of the tokens that no mask leaves out."""
+    """Return the logits [N, V] of the tokens that no mask leaves out, or [B, classes] of texts."""
     logits: Tensor = model(**batch).logits
+    if logits.ndim == 2:
+        return logits
     rows = logits.reshape(-1, logits.shape[-1])
     mask = token_mask(batch)
     return rows if mask is None else rows[mask.to(rows.device)]

@@ -1,0 +1,183 @@
+"""An encoder that tells classes apart: opened with or without its adapter, and measured on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from deploy.adapter_artifact import StoredAdapter, open_adapter
+from deploy.encoder_loading import LoadedClassifier, load_classifier
+from deploy.errors import ArtifactError, ConfigError
+from deploy.finetune_tasks import TrainingTask
+from reslora.adapter import restore_adapter
+from reslora.attach import attach_adapters
+from reslora.classification import collate_labelled, encode_labelled, pad_id_of
+from reslora.labelled_rows import LabelledExample, LabelScheme, read_labelled_rows
+from reslora.metrics import label_metrics
+
+BATCH_ROWS = 32
+"""Rows in a forward pass; of like length, so that there is little padding."""
+
+
+@dataclass(frozen=True)
+class OpenedClassifier:
+    """A classifier that is ready to predict."""
+
+    model: nn.Module
+    """Takes a batch of `collate_labelled` without its labels, gives logits [rows, outputs]."""
+    tokenizer: PreTrainedTokenizerBase
+    labels: LabelScheme
+    token_limit: int
+
+
+def open_classifier(model: str, adapter: Path | None = None) -> OpenedClassifier:
+    """Open an encoder with an adapter on it, or a model that has a head of its own.
+
+    Args:
+        model: Hub id, directory or `minilm-l6`.
+        adapter: What `rolora finetune --task classification` wrote; its shortcuts stay alive.
+
+    Raises:
+        ConfigError: No such model or adapter, a model without a head, or an adapter of another
+            task.
+        StageOrderError: A directory holds another kind of artifact.
+        ArtifactError: A file is damaged, or the adapter belongs to another model.
+        UnsupportedModelError: A decoder, or another family.
+    """
+    if adapter is None:
+        opened = load_classifier(model)
+        return _opened(opened, opened.loaded.model)
+    opened, stored = load_with_adapter(model, adapter)
+    try:
+        attached = attach_adapters(
+            opened.loaded.model,
+            stored.adapter.config,
+            list(stored.adapter.factors),
+            head=stored.adapter.head_name,
+        )
+        restore_adapter(attached, adapter)
+    except ValueError as error:
+        raise ArtifactError(f"{adapter}: does not fit {model}: {error}") from error
+    return _opened(opened, attached.eval())
+
+
+def load_with_adapter(model: str, adapter: Path) -> tuple[LoadedClassifier, StoredAdapter]:
+    """Load an encoder with the labels of its adapter, and read the adapter; neither is attached.
+
+    Raises:
+        ConfigError, StageOrderError, ArtifactError, UnsupportedModelError: As `open_classifier`.
+    """
+    stored = open_adapter(adapter)
+    labels = stored.manifest.details.get("labels")
+    if stored.manifest.config.get("task") != TrainingTask.CLASSIFICATION or not isinstance(
+        labels, list
+    ):
+        raise ConfigError(
+            f"{adapter}: was not trained for classification; make an adapter with rolora finetune "
+            "--task classification"
+        )
+    opened = load_classifier(model, LabelScheme(tuple(map(str, labels))))
+    stored.require_base(opened.loaded.digest, model)
+    return opened, stored
+
+
+def evaluate_on_rows(
+    model: str,
+    adapter: Path | None,
+    data: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure a classifier on labelled rows.
+
+    Args:
+        model: As `open_classifier`.
+        adapter: As `open_classifier`.
+        data: JSONL(.gz) file or hub id with rows of `labelled_rows`.
+        progress: Called with the numbers of rows that are done and of all.
+
+    Returns:
+        The JSON shape that `rolora evaluate --tasks classification --json` prints.
+
+    Raises:
+        ConfigError, StageOrderError, ArtifactError, UnsupportedModelError: As `open_classifier`;
+            ConfigError too where a row cannot be used.
+    """
+    try:
+        examples = read_labelled_rows(data)
+        opened = open_classifier(model, adapter)
+        results = evaluate_classifier(
+            opened.model,
+            opened.tokenizer,
+            examples,
+            opened.labels,
+            max_tokens=opened.token_limit,
+            progress=progress,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return {
+        "model": model,
+        "adapter": None if adapter is None else str(adapter),
+        "data": data,
+        "labels": list(opened.labels.names),
+        "results": results,
+    }
+
+
+def evaluate_classifier(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[LabelledExample],
+    labels: LabelScheme,
+    *,
+    max_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Compare a classifier's predictions with labels.
+
+    Args:
+        model: See `OpenedClassifier`.
+        tokenizer: Its tokenizer.
+        examples: Labelled rows.
+        labels: What its logits mean.
+        max_tokens: Longest row; longer ones are cut.
+        progress: Called with the numbers of rows that are done and of all.
+
+    Returns:
+        The metrics of `reslora.metrics`, the number of rows `n`, and `loss`: the mean negative log
+        likelihood of the labels in nats, or the mean squared error of a regression.
+
+    Raises:
+        ValueError: There is no row, a label is of no class, or a logit is not finite.
+    """
+    rows = encode_labelled(examples, tokenizer, max_tokens, labels)
+    rows.sort(key=len)
+    pad_id = pad_id_of(tokenizer)
+    device = next(model.parameters()).device
+    logits: list[Tensor] = []
+    targets: list[Tensor] = []
+    model.eval()
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = collate_labelled(rows[start : start + BATCH_ROWS], pad_id)
+        targets.append(batch.pop("labels"))
+        with torch.inference_mode():
+            predicted = model(**{key: tensor.to(device) for key, tensor in batch.items()}).logits
+        logits.append(predicted.double().cpu())
+        progress(min(start + BATCH_ROWS, len(rows)), len(rows))
+    found, expected = torch.cat(logits), torch.cat(targets)
+    if labels.is_regression:
+        loss = nn.functional.mse_loss(found.reshape(-1), expected.double())
+    else:
+        loss = nn.functional.cross_entropy(found, expected)
+    metrics = label_metrics(found.numpy(), expected.numpy(), labels)
+    return metrics | {"n": len(rows), "loss": float(loss)}
+
+
+def _opened(opened: LoadedClassifier, model: nn.Module) -> OpenedClassifier:
+    return OpenedClassifier(model, opened.loaded.tokenizer, opened.labels, opened.token_limit)
