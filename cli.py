@@ -730,7 +730,9 @@ def _merge_rows(merge: dict[str, Any]) -> list[tuple[str, str]]:
     if "kl_mean" not in merge:
         return [("merge", merge["method"])] if merge else []
     kl, agreement = merge["kl_mean"], merge["top1_agreement"]
-    chosen = f"{merge['method']}, KL to unmerged {kl:.3g}, top-1 agreement {agreement:.1%}"
+    chosen = f"{merge['method']}, KL to unmerged {kl:.3g}"
+    if agreement is not None:
+        chosen += f", top-1 agreement {agreement:.1%}"
     tried = [
         f"{name} {found['kl_mean']:.3g}" for name, found in merge.get("candidates", {}).items()
     ]

@@ -31,8 +31,11 @@ TORCH_FREE = (
 )
 MODULE_NAMES = re.compile(
     r"\b([qkvo]_proj|gate_proj|up_proj|down_proj|[qk]_norm|input_layernorm|post_attention_layernorm"
-    r"|embed_tokens|lm_head|self_attn)\b"
+    r"|embed_tokens|lm_head|self_attn"
+    r"|attention\.(self|output)|(intermediate|output)\.dense)\b"
 )
+NAMING_FILES = ("deploy/architecture.py", "deploy/encoder_architecture.py")
+"""Of decoders and of encoders."""
 DRAWERS = {"utils", "util", "helpers", "common", "misc"}
 
 
@@ -94,7 +97,7 @@ def text_constants(tree: ast.Module) -> Iterator[ast.Constant]:
             yield node
 
 
-def test_module_names_stand_in_one_file_only() -> None:
+def test_module_names_stand_in_one_file_of_each_kind_only() -> None:
     found = []
     for path in source_files():
         tree = ast.parse(path.read_text())
@@ -105,8 +108,9 @@ def test_module_names_stand_in_one_file_only() -> None:
             for line, text in names
             if (match := MODULE_NAMES.search(text))
         ]
-    assert any(entry.startswith("deploy/architecture.py") for entry in found)
-    assert [entry for entry in found if not entry.startswith("deploy/architecture.py")] == []
+    for file in NAMING_FILES:
+        assert any(entry.startswith(file) for entry in found)
+    assert [entry for entry in found if not entry.startswith(NAMING_FILES)] == []
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
