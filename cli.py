@@ -554,9 +554,12 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, and divergence from a reference, of any model on a text."""
-    if tasks.strip() == TaskName.CLASSIFICATION:
-        if data is None or reference is not None:
-            raise ConfigError("--tasks classification needs --data rows and takes no --reference")
+    if TaskName.CLASSIFICATION in tasks:
+        if tasks.strip() != TaskName.CLASSIFICATION or data is None or reference is not None:
+            raise ConfigError(
+                f"--tasks {tasks!r}: classification stands alone, needs --data with labelled rows, "
+                "and takes no --reference"
+            )
         _evaluate_classification(model, adapter, data, as_json)
         return
     if adapter is not None:

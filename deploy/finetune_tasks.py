@@ -6,6 +6,7 @@ classification   an encoder learns labels (rows of `labelled_rows`); its head is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,8 @@ from reslora.labelled_rows import find_labels, read_labelled_rows
 from reslora.rows import read_rows
 from reslora.settings import TrainSettings
 from reslora.training_data import TrainingData, language_data
+
+logger = logging.getLogger(__name__)
 
 Rows = TypeVar("Rows")
 
@@ -121,6 +124,8 @@ class _Labelled:
         opened = load_classifier(reference, self.labels, seed=self._seed)
         self.labels = opened.labels
         self._limit = opened.token_limit
+        origin = "is new" if opened.head_is_new else "is the model's own"
+        logger.info("classes: %s; the head %s", ", ".join(self.labels.names[:10]) or "none", origin)
         return opened.loaded
 
     def targets(self, config: PreTrainedConfig, targets: str) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_BY_TASK = "with --task classification"
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -60,7 +61,8 @@ def parse_row(row: object, origin: str) -> Example | None:
             return example
     found = ", ".join(sorted(map(str, row))) or "no keys"
     known = "; ".join("+".join(keys) for keys, _ in _FORMATS)
-    raise ValueError(f"{origin}: unknown row format with {found}; expected one of {known}")
+    hint = "" if row.get("label") is None else "; labels are learned by an encoder " + _BY_TASK
+    raise ValueError(f"{origin}: unknown row format with {found}; expected one of {known}{hint}")
 
 
 def _text_field(row: Mapping[Any, Any], key: str, origin: str, *, optional: bool = False) -> str:
@@ -171,7 +173,7 @@ def _from_text(row: Mapping[Any, Any], origin: str) -> Example | None:
         raise ValueError(
             f"{origin}: text with label is classification data, which causal training cannot use; "
             "give prompt and completion, with the label written out as the completion, or train an "
-            "encoder for the task classification"
+            f"encoder {_BY_TASK}"
         )
     if not isinstance(row["text"], str):
         raise ValueError(f"{origin}: text must be a string, got {type(row['text']).__name__}")

@@ -35,6 +35,7 @@ from tests.deploy.tiny_artifacts import (
     save_model,
     write_rows,
 )
+from tests.deploy.tiny_classifiers import save_encoder, write_labelled
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("finetune", "merge-rotate-quantize", "export", "run", "evaluate", "bench", "inspect")
@@ -529,6 +530,32 @@ def test_ctrl_c_while_a_stage_writes_leaves_nothing_that_looks_finished(
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"out.training"}, "only training checkpoints stay, for --resume"
     assert (left == {"out.training"}) == (module == "deploy.finetune")
+
+
+def test_an_encoder_learns_to_classify_from_the_command_line(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    model, data = save_encoder(tmp_path / "bert"), write_labelled(tmp_path / "rows.jsonl")
+    train = ("finetune", "--model", model, "--data", data, "--structure", "input", "--rank", 2)
+    quick = ("--max-steps", 2, "--max-tokens", 32, "--targets", "query,value")
+    forgot = terminal(*train, *quick, "--output", tmp_path / "out")
+    assert forgot.code == 2
+    assert "labels are learned by an encoder with --task classification" in forgot.err
+    data_of_language = write_rows(tmp_path / "language.jsonl")
+    forgot = terminal(*train[:3], "--data", data_of_language, "--output", tmp_path / "out")
+    assert (forgot.code, "add --task classification" in forgot.err) == (5, True)
+    task = ("--task", "classification")
+    done = terminal(*train, *quick, *task, "--output", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    training = json.loads(done.out)["training"]
+    assert training["eval_metrics"][-1][1].keys() == {"accuracy", "mcc", "f1"}
+    measure = ("evaluate", "--tasks", "classification", "--data", data, "--model", model)
+    found = terminal(*measure, "--adapter", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["results"].keys() == {"accuracy", "mcc", "f1", "n", "loss"}
+    assert terminal(*measure, "--json").code == 2, "the bare encoder has no head"
+    mixed = terminal("evaluate", "--tasks", "ppl,classification", "--data", data, "--model", model)
+    assert (mixed.code, "classification stands alone" in mixed.err) == (2, True)
 
 
 @pytest.mark.parametrize(
