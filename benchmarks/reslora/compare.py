@@ -1,13 +1,14 @@
 """LoRA, its residual forms, and every merge of them, over seeds: train, measure, tabulate.
 
-    python benchmarks/reslora/compare.py train   --data gsm8k.train.jsonl.gz --seeds 0 1 2
-    python benchmarks/reslora/compare.py measure --data gsm8k.train.jsonl.gz --test gsm8k.dev.jsonl.gz
+    python benchmarks/reslora/compare.py train   --data train.jsonl.gz --seeds 0 1 2
+    python benchmarks/reslora/compare.py measure --data train.jsonl.gz --test test.jsonl.gz
 
 All runs have the same steps, batches and learning-rate schedule. Each variant takes the peak rate
-that has the lowest loss on held-out training rows at seed 0, before any test row is read. `lora-r20`
-is the honest control of `block`: LoRA of the rank (m + 1) r that a block adapter has once merged.
+that has the lowest loss on held-out training rows at the first seed, before any test row is read.
+`lora-r20` is the honest control of `block`: LoRA of the rank (m + 1) r that a block adapter has
+once it is merged.
 
-Figures: mean loss of a completion token (nats) on the test rows, of the unmerged adapter and of each
+Figures: mean loss of a completion token (nats) on test rows, of the unmerged adapter and of every
 merge; mean KL of each merge to the unmerged model on calibration text it was not fitted to. A
 finished adapter in --work is not trained again, nor one in --output measured again.
 """
