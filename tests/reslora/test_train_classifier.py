@@ -60,10 +60,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     whole, report = train(tmp_path / "a", model_type=model_type)
     mark = trainer.mark_complete
 
-    def interrupt(checkpoint: Path, fingerprint: Any) -> None:
+    def interrupt(checkpoint: Path, fingerprint: Any, **state: Any) -> None:
         if checkpoint.name == "checkpoint-4":
             raise KeyboardInterrupt
-        mark(checkpoint, fingerprint)
+        mark(checkpoint, fingerprint, **state)
 
     monkeypatch.setattr(trainer, "mark_complete", interrupt)
     with pytest.raises(KeyboardInterrupt):
