@@ -103,6 +103,21 @@ class MergeName(StrEnum):
     DROP = "drop"
 
 
+class DestinationName(StrEnum):
+    """Values of --to."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
+
+
+class DtypeName(StrEnum):
+    """Values of --dtype."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class KindName(StrEnum):
     """Values of --rotation-kind."""
 
@@ -140,6 +155,14 @@ Output = Annotated[
     Path,
     typer.Option("--output", help="Directory to make. It must not exist, or be this very result."),
 ]
+MERGE_HELP = (
+    "How the adapter is merged: exact for block and plain LoRA; the others for input and middle, "
+    "measured on the calibration text; auto tries all that fit and takes the nearest to the "
+    "unmerged model."
+)
+CALIBRATION_HELP = (
+    "Calibration text: JSONL(.gz) or text file, or hub id. Default: a sample of ours."
+)
 MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
 
 
@@ -186,6 +209,16 @@ def finetune_command(
     alpha: Annotated[
         float | None, typer.Option(help="The update is scaled by alpha / rank. Default: rank.")
     ] = None,
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")
+    ] = False,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="How the update begins, at zero: default, gaussian, or orthogonal (even rank, not "
+            "with --structure middle)."
+        ),
+    ] = "default",
     dropout: Annotated[float, typer.Option(help="Dropout on the input of the adapters.")] = 0.0,
     targets: Annotated[
         str,
@@ -255,7 +288,7 @@ def finetune_command(
     """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (rotated LoRA)."""
     from deploy.finetune import FinetuneSettings, Method, finetune
     from deploy.finetune_tasks import TrainingTask
-    from reslora.config import AdapterConfig, Structure
+    from reslora.config import AdapterConfig, Structure, parse_initialization
     from reslora.settings import Keep, Precision, Scheduler, TrainSettings
     from rolora.rotation import RotationKind
 
@@ -268,6 +301,8 @@ def finetune_command(
             dropout=dropout,
             structure=None if structure is None else Structure(structure),
             depth=depth,
+            rslora=rslora,
+            initialization=parse_initialization(init),
         )
         training = TrainSettings(
             max_steps=max_steps,
@@ -332,6 +367,69 @@ def finetune_command(
     )
 
 
+@app.command("merge")
+def merge_command(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    to: Annotated[
+        DestinationName,
+        typer.Option(help="A Hugging Face model directory, or a plain LoRA adapter for PEFT."),
+    ],
+    output: Output,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Adapter to merge; it must have been trained on the model. Without one, --to "
+            "model writes the model as it is."
+        ),
+    ] = None,
+    merge: Annotated[MergeName, typer.Option(help=MERGE_HELP)] = MergeName.EXACT,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Recompress the written adapter to this rank, and report what that costs."
+        ),
+    ] = None,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Numbers that are written; the arithmetic is float64.")
+    ] = DtypeName.FLOAT32,
+    calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into an ordinary model or adapter that needs nothing of this package."""
+    from deploy.merge import Destination, FloatType, MergeSettings
+    from deploy.merge import merge as run_merge
+    from reslora.merge import MergeMethod
+
+    settings = MergeSettings(
+        model=model,
+        adapter=adapter,
+        to=Destination(to),
+        merge=None if merge is MergeName.AUTO else MergeMethod(merge),
+        rank=rank,
+        dtype=FloatType(dtype),
+        calibration=calibration,
+    )
+    if dry_run:
+        _print_json({"stage": "merge", "output": str(output), **settings.to_config()})
+        return
+    with stderr.status("starting") as status:
+        report = run_merge(settings, output, lambda step: status.update(step))
+    result = report.to_dict()
+    error = result["recompression_error"]
+    _finish(
+        result,
+        as_json,
+        [
+            (result["to"], str(output)),
+            *_merge_rows(result["merge"] or {}),
+            *([("rank", str(result["rank"]))] if result["rank"] else []),
+            *([("error of the lower rank", f"{error:.3g}")] if error is not None else []),
+            ("weights", _megabytes(result["weights_bytes"])),
+        ],
+    )
+
+
 @app.command("merge-rotate-quantize")
 def merge_rotate_quantize_command(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
@@ -342,14 +440,7 @@ def merge_rotate_quantize_command(
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter to merge; it must have been trained on the model.")
     ] = None,
-    merge: Annotated[
-        MergeName,
-        typer.Option(
-            help="How the adapter is merged: exact for block and plain LoRA; the others for input "
-            "and middle, measured on the calibration text; auto tries all that fit and takes the "
-            "nearest to the unmerged model."
-        ),
-    ] = MergeName.EXACT,
+    merge: Annotated[MergeName, typer.Option(help=MERGE_HELP)] = MergeName.EXACT,
     rotate: Annotated[
         str | None,
         typer.Option(
@@ -387,12 +478,7 @@ def merge_rotate_quantize_command(
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
     head_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: JSONL(.gz) or text file, or hub id. Default: a sample of ours."
-        ),
-    ] = None,
+    calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -620,7 +706,9 @@ def bench_command(
 
 @app.command("inspect")
 def inspect_command(
-    directory: Annotated[Path, typer.Argument(help="An adapter, checkpoint or export.")],
+    directory: Annotated[
+        Path, typer.Argument(help="An adapter, checkpoint, export or merged model.")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its sha256.")
     ] = False,

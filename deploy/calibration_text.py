@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deploy.errors import ConfigError
 from deploy.evaluate import cut_windows
+from deploy.loading import LoadedModel
 from deploy.text_data import read_text
 
 
@@ -49,3 +50,11 @@ def calibration_batches(
         )
     cut = cut_windows(tokenizer, text, windows, min(tokens, available))
     return [{"input_ids": torch.from_numpy(ids)[None]} for ids in cut.ids]
+
+
+def calibration_for(
+    loaded: LoadedModel, source: str | None, *, windows: int, tokens: int
+) -> list[dict[str, Tensor]]:
+    """Return `calibration_batches` that are no longer than the model reads."""
+    limit = loaded.model.config.max_position_embeddings
+    return calibration_batches(loaded.tokenizer, source, windows=windows, tokens=min(tokens, limit))

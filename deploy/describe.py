@@ -48,6 +48,8 @@ class Description:
             rows.append(("rotation", f"{names} ({rotation['kind']}, seed {rotation['seed']})"))
         if linears := details.get("linears"):
             rows.append(("quantized linears", str(len(linears))))
+        if merge := details.get("merge"):
+            rows.append(("merge", str(merge["method"])))
         if training := details.get("training"):
             rows.append(("steps", str(training["steps"])))
             rows.append(("trainable parameters", f"{training['trainable_parameters']:,}"))
@@ -71,7 +73,7 @@ def describe_artifact(directory: Path, *, verify: bool) -> Description:
     """Read an artifact's manifest.
 
     Args:
-        directory: An adapter, checkpoint or export.
+        directory: An adapter, checkpoint, export or merged model.
         verify: Compare every file with its sha256 as well.
 
     Raises:

@@ -22,6 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from deploy.adapter_basis import draw_adapter_basis
 from deploy.architecture import decoder_names
 from deploy.artifact import (
     ArtifactKind,
@@ -44,7 +45,7 @@ from reslora.settings import TrainSettings
 from reslora.train import train_adapter
 from reslora.train_report import TrainReport
 from rolora.online import install_online_rotations
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import RotationKind, RotationPlan
 
 SUMMARY_FILE = "training_summary.json"
 
@@ -222,8 +223,8 @@ def _rotate(loaded: LoadedModel, settings: FinetuneSettings) -> RotationPlan | N
         return None
     names = decoder_names(loaded.model.config)
     try:
-        plan = RotationPlan.draw(
-            names, frozenset(RotationName), settings.rotation_kind, settings.rotation_seed
+        plan = draw_adapter_basis(
+            names, settings.adapter, settings.rotation_kind, settings.rotation_seed
         )
     except ValueError as error:
         raise UnsupportedModelError(f"{loaded.name}: {error}") from error

@@ -79,7 +79,7 @@ def open_language_model(reference: str, *, threads: int | None = None) -> Opened
         UnsupportedModelError: The model is of another family.
     """
     directory = Path(reference)
-    if not is_artifact(directory):
+    if not is_artifact(directory) or read_manifest(directory).kind is ArtifactKind.MODEL:
         loaded = load_model(reference)
         return OpenedModel(TorchLanguageModel(reference, loaded.model.eval()), loaded.tokenizer)
     manifest = read_manifest(directory)

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deploy.architecture import decoder_names, family_of
-from deploy.artifact import TAKEN_BY, is_artifact, read_manifest
+from deploy.artifact import TAKEN_BY, ArtifactKind, is_artifact, read_manifest
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.gguf_files import check_gguf, find_demo_file
 from deploy.weight_files import (
@@ -72,7 +72,7 @@ def load_model(reference: str | Path, dtype: torch.dtype = torch.float32) -> Loa
 
     Raises:
         ConfigError: nothing is there, the hub cannot be reached, or the weights are a pickle.
-        StageOrderError: the directory is an adapter or one of our artifacts.
+        StageOrderError: the directory is an adapter, or an artifact of ours that is no model.
         ArtifactError: a file is missing or damaged, or the weights do not fit the config.
         UnsupportedModelError: another family, a feature we do not handle, or a model that is
             quantized already.
@@ -174,6 +174,8 @@ def refuse_other_stages(directory: Path) -> None:
     """
     if is_artifact(directory):
         kind = read_manifest(directory).kind
+        if kind is ArtifactKind.MODEL:
+            return
         raise StageOrderError(
             f"{directory}: expected a model, got an artifact of kind {kind}, which is for "
             f"{TAKEN_BY[kind]}"

@@ -28,7 +28,7 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.calibration_text import calibration_batches
+from deploy.calibration_text import calibration_for
 from deploy.checkpoint import formats_to_details, weights_bytes, write_weights
 from deploy.checkpoint_settings import FLOAT_SCHEME, CheckpointSettings, RotationChoice
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
@@ -36,7 +36,7 @@ from deploy.loading import LoadedModel, load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
-from deploy.shortcut_merge import merge_stored_adapter
+from deploy.shortcut_merge import merge_stored_adapter, model_wide_figures
 from deploy.staging import require_free_space
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
@@ -56,13 +56,11 @@ class CheckpointReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         rounding: Any = self.manifest.details["rounding"]
-        merge: Any = self.manifest.details["merge"] or {}
-        model_wide = ("method", "kl_mean", "top1_agreement", "candidates")
         return {
             "output": str(self.output),
             "digest": self.manifest.digest,
             "scheme": self.manifest.details["scheme"],
-            "merge": {key: merge[key] for key in model_wide if key in merge} or None,
+            "merge": model_wide_figures(self.manifest.details["merge"]),
             "quantized_layers": len(rounding),
             "largest_rounding_error": max(
                 rounding.values(), key=lambda layer: layer["relative_error"], default=None
@@ -205,11 +203,11 @@ def _merge_and_rotate(
 
 
 def _calibration(loaded: LoadedModel, settings: CheckpointSettings) -> list[dict[str, Tensor]]:
-    return calibration_batches(
-        loaded.tokenizer,
+    return calibration_for(
+        loaded,
         settings.calibration,
         windows=settings.calibration_windows,
-        tokens=min(settings.calibration_tokens, loaded.model.config.max_position_embeddings),
+        tokens=settings.calibration_tokens,
     )
 
 

@@ -11,7 +11,7 @@ An exact merge is not measured: it differs by rounding only, and needs no calibr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +34,18 @@ APPROXIMATIONS = tuple(method for method in MergeMethod if method is not MergeMe
 """Every method that fits a shortcut which does not merge exactly."""
 
 
+@dataclass(frozen=True)
+class ChosenMerge:
+    """How an adapter will be merged, and how far that is from leaving it unmerged."""
+
+    method: MergeMethod
+    statistics: ShortcutStatistics | None
+    """What the method needs to know; None where it needs nothing."""
+    figures: dict[str, Any]
+    """Of an approximation: `kl_mean` and `top1_agreement` of the model, `errors` of each layer, and
+    `candidates` where the method was open. Empty for an exact merge."""
+
+
 def merge_stored_adapter(
     model: nn.Module,
     names: DecoderNames | None,
@@ -47,21 +59,50 @@ def merge_stored_adapter(
         model: Changed in place.
         names: Its parts; None for an encoder, which carries no rotation.
         stored: The adapter.
-        method: How; None is `exact` where that is possible, else the method whose predictions have
-            the least KL from the unmerged model's.
-        calibration: Gives forward-pass batches; called where the merge is an approximation.
+        method: See `choose_merge`.
+        calibration: See `choose_merge`.
 
     Returns:
-        The merge report; for an approximation with `kl_mean` and `top1_agreement` of the model and
-            `errors`, the relative errors of each layer. Where the method was open, `candidates` has
-            the figures of all.
+        The merge report, with the figures of `ChosenMerge`.
 
     Raises:
         ValueError: The method does not fit the adapter, or the adapter not the model.
     """
+    chosen = choose_merge(model, names, stored, method, calibration)
+    report = merge_adapter(model, stored.adapter, chosen.method, chosen.statistics)
+    return report.to_dict() | chosen.figures
+
+
+def is_exact(stored: StoredAdapter, method: MergeMethod | None) -> bool:
+    """Return whether a merge will be exact, so that nothing has to be observed for it."""
+    return method is MergeMethod.EXACT or (method is None and merges_exactly(stored.adapter))
+
+
+def choose_merge(
+    model: nn.Module,
+    names: DecoderNames | None,
+    stored: StoredAdapter,
+    method: MergeMethod | None,
+    calibration: Callable[[], list[dict[str, Tensor]]],
+) -> ChosenMerge:
+    """Observe an adapter at work, and measure how far merges are from it; nothing is merged.
+
+    Args:
+        model: In the adapter's basis, without hooks; as it was on return. Not touched where the
+            merge is exact.
+        names: Its parts; None for an encoder, which carries no rotation.
+        stored: The adapter.
+        method: How; None is `exact` where that is possible, else the method whose predictions have
+            the least KL from the unmerged model's.
+        calibration: Gives forward-pass batches; called where the merge is an approximation.
+
+    Raises:
+        ValueError: The method does not fit the adapter, the adapter not the model, or there is too
+            little text.
+    """
     adapter = stored.adapter
-    if method is MergeMethod.EXACT or (method is None and merges_exactly(adapter)):
-        return merge_adapter(model, adapter, MergeMethod.EXACT).to_dict()
+    if is_exact(stored, method):
+        return ChosenMerge(MergeMethod.EXACT, None, {})
     methods = APPROXIMATIONS if method is None else (method,)
     statistics: ShortcutStatistics | None = None
     batches = calibration()
@@ -90,8 +131,14 @@ def merge_stored_adapter(
         for handle in handles:
             handle.remove()
         detach_adapters(attached)
-    report = merge_adapter(model, adapter, nearest, statistics).to_dict()
-    report |= asdict(found[nearest]) | {"errors": [asdict(error) for error in errors]}
+    figures: dict[str, Any] = asdict(found[nearest])
+    figures["errors"] = [asdict(error) for error in errors]
     if method is None:
-        report["candidates"] = {str(each): asdict(figures) for each, figures in found.items()}
-    return report
+        figures["candidates"] = {str(each): asdict(values) for each, values in found.items()}
+    return ChosenMerge(nearest, statistics, figures)
+
+
+def model_wide_figures(report: Any) -> dict[str, Any] | None:
+    """Return what a merge report says of the whole model, to be shown; None without a merge."""
+    wide = ("method", "kl_mean", "top1_agreement", "candidates")
+    return {key: report[key] for key in wide if key in report} if report else None

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reslora.attach import ADAPTER_NAME, RESLORA_TYPE, attached_config
-from reslora.config import AdapterConfig, Structure
+from reslora.attach import ADAPTER_NAME, PEFT_INITIALIZATIONS, RESLORA_TYPE, attached_config
+from reslora.config import AdapterConfig, Initialization, Structure
 from reslora.head import (
     HEAD_NAMES,
     require_head,
@@ -41,7 +41,6 @@ KEY_PREFIX = "base_model.model."
 _SIDES = ("lora_A", "lora_B")
 _CLASSIFICATION = "SEQ_CLS"
 _FOREIGN_OPTIONS = (
-    "use_rslora",
     "use_dora",
     "rank_pattern",
     "alpha_pattern",
@@ -53,6 +52,9 @@ _FOREIGN_OPTIONS = (
     "trainable_token_indices",
 )
 """PEFT options that change what the tensors mean; an adapter that uses one is refused."""
+_HARMLESS_STARTS = (None, False, "eva", "mica")
+"""Values of PEFT's `init_lora_weights` that we do not offer, but that leave the base weight alone:
+once trained, such an adapter is LoRA like any other."""
 
 
 @dataclass(frozen=True)
@@ -251,14 +253,31 @@ def _parse_config(values: Mapping[str, Any], path: Path) -> AdapterConfig:
     try:
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
         dropout = float(values.get("lora_dropout") or 0.0)
+        more: Any = {
+            "rslora": bool(values.get("use_rslora")),
+            "initialization": _read_initialization(values.get("init_lora_weights")),
+        }
         if kind == "LORA":
-            return AdapterConfig(rank, alpha, dropout)
+            return AdapterConfig(rank, alpha, dropout, **more)
         structure = Structure(values["structure"])
-        return AdapterConfig(rank, alpha, dropout, structure, int(values["depth"]))
+        return AdapterConfig(rank, alpha, dropout, structure, int(values["depth"]), **more)
     except KeyError as error:
         raise ValueError(f"{path}: key {error.args[0]!r} is missing") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _read_initialization(value: Any) -> Initialization:
+    for name, theirs in PEFT_INITIALIZATIONS.items():
+        if type(value) is type(theirs) and value == theirs:
+            return name
+    if value in _HARMLESS_STARTS:
+        return Initialization.DEFAULT
+    raise ValueError(
+        f"init_lora_weights is {value!r}, which trains against a changed base weight, so the "
+        "tensors are no change of the model you have; save it with PEFT's "
+        "path_initial_model_for_weight_conversion, or merge it with PEFT and use the merged model"
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

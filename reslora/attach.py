@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from reslora.chains import find_chains
-from reslora.config import ALL_PREVIOUS, AdapterConfig, Structure
+from reslora.config import ALL_PREVIOUS, AdapterConfig, Initialization, Structure
 from reslora.head import HEAD_NAMES, wrapped_heads
 from reslora.layers import (
     BlockShortcutLinear,
@@ -42,6 +42,13 @@ SHORTCUT_LAYERS: dict[Structure, type[ShortcutLinear]] = {
     Structure.MIDDLE: MiddleShortcutLinear,
 }
 """Layer class of each structure."""
+
+PEFT_INITIALIZATIONS: dict[Initialization, Any] = {
+    Initialization.DEFAULT: True,
+    Initialization.GAUSSIAN: "gaussian",
+    Initialization.ORTHOGONAL: "orthogonal",
+}
+"""What each initialization is called in PEFT's `init_lora_weights`."""
 
 
 @dataclass
@@ -82,7 +89,8 @@ def attach_adapters(
     Returns:
         The PEFT model around `model`.
 
-    Invariant: B starts at zero, so the wrapped model computes what `model` computed.
+    Invariant: B A starts at zero, so the wrapped model computes what `model` computed; to the bit
+        where B is zero, to rounding with initialization `orthogonal`.
 
     Raises:
         ValueError: No target, a target or head that is missing, a target that is no linear or lies
@@ -99,6 +107,8 @@ def attach_adapters(
         lora_dropout=config.dropout,
         target_modules=list(shapes),
         bias="none",
+        use_rslora=config.rslora,
+        init_lora_weights=PEFT_INITIALIZATIONS[config.initialization],
         structure=None if config.structure is None else config.structure.value,
         depth=config.depth,
     )
@@ -155,7 +165,13 @@ def attached_config(peft_model: PeftModel) -> AdapterConfig:
         dropout=held.lora_dropout,
         structure=None if held.structure is None else Structure(held.structure),
         depth=held.depth,
+        rslora=held.use_rslora,
+        initialization=_initialization(held.init_lora_weights),
     )
+
+
+def _initialization(value: Any) -> Initialization:
+    return next(name for name, theirs in PEFT_INITIALIZATIONS.items() if theirs == value)
 
 
 def _check_head(model: nn.Module, head: str | None, target_fqns: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter is, as plain data: rank, scale, dropout and the shortcut between its blocks.
+"""What an adapter is, as plain data: rank, scale, start, dropout, and the shortcut of its blocks.
 
 Which linears carry it is not part of this: the caller names them, because only it knows the
 architecture.
@@ -7,7 +7,7 @@ architecture.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 ALL_PREVIOUS = -1
@@ -25,6 +25,27 @@ class Structure(StrEnum):
     """Previous rank-sized intermediates are added before B (paper: ms)."""
 
 
+class Initialization(StrEnum):
+    """How A and B begin; with each of these the branch is zero and the base weight untouched.
+
+    Initializations that take part of the base weight into the adapter (PiSSA, OLoRA, CorDA, LoftQ,
+    LoRA-GA) are not offered: the adapter would be a change of another base than the user's.
+    """
+
+    DEFAULT = "default"
+    """A is Kaiming uniform, B is zero, as in LoRA's reference code."""
+    GAUSSIAN = "gaussian"
+    """A is normal with standard deviation 1 / rank, B is zero."""
+    ORTHOGONAL = "orthogonal"
+    """Neither is zero, but the rows of A lie where B does not look: B_n A_n = 0 up to rounding.
+
+    Structure `middle` feeds A_{n-k} into B_n, whose product is not zero: not offered there.
+    """
+
+
+INITIALIZATION_NAMES = ", ".join(Initialization)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """Hyperparameters of a LoRA (arXiv:2106.09685) or ResLoRA (arXiv:2402.18039) adapter.
@@ -36,7 +57,7 @@ class AdapterConfig:
     rank: int = 8
     """Inner size r of A [r, in] and B [out, r]."""
     alpha: float = 16.0
-    """The branch is scaled by alpha / rank."""
+    """The branch is scaled by alpha / rank, or alpha / sqrt(rank) with `rslora`."""
     dropout: float = 0.0
     """Probability that an input feature of the LoRA branch is dropped while training."""
     structure: Structure | None = None
@@ -47,6 +68,10 @@ class AdapterConfig:
     The paper's `pre_num`. Ignored where `structure` is None; an input shortcut reaches one layer
     back whatever the depth, unless it is 0.
     """
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank): rank-stabilized LoRA (arXiv:2312.03732)."""
+    initialization: Initialization = field(default=Initialization.DEFAULT, compare=False)
+    """How training begins. No part of what a trained adapter means, so it is not compared."""
 
     def __post_init__(self) -> None:
         """Collect every fault before refusing."""
@@ -59,13 +84,21 @@ class AdapterConfig:
             faults.append(f"dropout must be in [0, 1), got {self.dropout}")
         if self.depth < ALL_PREVIOUS:
             faults.append(f"depth must be -1 (all previous blocks) or at least 0, got {self.depth}")
+        if self.initialization is Initialization.ORTHOGONAL:
+            if self.rank % 2:
+                faults.append(f"initialization orthogonal needs an even rank, got {self.rank}")
+            if self.structure is Structure.MIDDLE and self.depth != 0:
+                faults.append(
+                    "initialization orthogonal does not begin at zero with structure middle, whose "
+                    "B_n sees A_{n-k}; use default or gaussian"
+                )
         if faults:
             raise ValueError("adapter configuration: " + "; ".join(faults))
 
     @property
     def scaling(self) -> float:
-        """Factor alpha / rank in front of B A."""
-        return self.alpha / self.rank
+        """Factor in front of B A: alpha / rank, or alpha / sqrt(rank) with `rslora`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def reach(self) -> int:
@@ -75,3 +108,25 @@ class AdapterConfig:
         if self.structure is Structure.INPUT:
             return min(1, abs(self.depth))
         return self.depth
+
+    def with_rank(self, rank: int) -> AdapterConfig:
+        """Return plain LoRA of another rank and the same `scaling`."""
+        growth = rank / self.rank
+        alpha = self.alpha * (math.sqrt(growth) if self.rslora else growth)
+        return AdapterConfig(rank, alpha, self.dropout, rslora=self.rslora)
+
+
+def parse_initialization(text: str) -> Initialization:
+    """Read the name of an initialization.
+
+    Raises:
+        ValueError: It is none that begins at zero and leaves the base weight alone.
+    """
+    if text in set(Initialization):
+        return Initialization(text)
+    raise ValueError(
+        f"initialization {text!r}: supported are {INITIALIZATION_NAMES}. Others of PEFT either "
+        "change the base weight (pissa, olora, corda, loftq, lora_ga), so that the adapter fits no "
+        "model but the one of that run, or need a pass over data (eva) or training rules (mica) "
+        "that are not here"
+    )

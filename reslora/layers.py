@@ -1,6 +1,7 @@
 """LoRA layers with a shortcut: PEFT's linear, and one hook for each structure's branch.
 
-ResLoRA (arXiv:2402.18039) §3.2, with s = alpha / rank, m = min(depth, n) and D the dropout:
+ResLoRA (arXiv:2402.18039) §3.2, with s = `AdapterConfig.scaling`, m = min(depth, n) and D the
+dropout:
 
     block    h_n = W_n x_n + s * sum_{k=0..m} B_{n-k} A_{n-k} D(x_n)
     input    h_n = W_n x_n + s * B_n A_n D(x_n + x_{n-1}),     x_{-1} := x_0

@@ -1,6 +1,6 @@
 """Fold a trained adapter into the weights, so that inference pays nothing for it.
 
-With s = alpha / rank and the merged factors of `merged_factors`, the new weight is
+With s = `AdapterConfig.scaling` and the merged factors of `merged_factors`, the new weight is
 
     W*_n = W_n + s B*_n A*_n
 

@@ -1,9 +1,10 @@
 """The way out: a merged adapter as a plain LoRA adapter that PEFT loads without this package.
 
 A merge gives every layer factors A*_n, B*_n with delta W_n = s B*_n A*_n (`merged_factors`). PEFT
-wants one rank R and scales by alpha / R, so the windows of structure `block`, which grow along the
-chain up to (m + 1) r, are filled up with zero rows and columns to the longest, and alpha_export =
-s R keeps the factor in front. Approximate merges have rank r and keep the adapter's own alpha.
+wants one rank R and scales by alpha / R (alpha / sqrt(R) with rsLoRA), so the windows of structure
+`block`, which grow along the chain up to (m + 1) r, are filled up with zero rows and columns to the
+longest, and alpha_export = s R (s sqrt(R)) keeps the factor s in front. Approximate merges have
+rank r and keep the adapter's own alpha.
 
 `recompress` brings an adapter of higher rank to a lower one by the best approximation of each
 delta W_n in the Frobenius norm (Eckart-Young), and says what that costs.
@@ -29,7 +30,6 @@ from reslora.adapter import (
     plain_json,
     tensor_key,
 )
-from reslora.config import AdapterConfig
 from reslora.merged_factors import MergeMethod, merged_factors
 from reslora.shortcut_statistics import ShortcutStatistics
 
@@ -61,7 +61,7 @@ def to_peft_adapter(
     Returns:
         An adapter without a shortcut; write it with `write_peft_adapter`.
 
-    Invariant: alpha / rank * B A of each layer is its `delta_weights`, each factor rounded once to
+    Invariant: scaling * B A of each layer is its `delta_weights`, each factor rounded once to
         `dtype`.
 
     Raises:
@@ -77,7 +77,7 @@ def to_peft_adapter(
         if not bool(torch.isfinite(a_full).all() and torch.isfinite(b_full).all()):
             raise ValueError(f"{fqn}: merged factors are not finite in {dtype}; export in float32")
         factors[fqn] = (a_full, b_full)
-    return Adapter(_plain_config(adapter.config, rank), factors, adapter.head)
+    return Adapter(adapter.config.with_rank(rank), factors, adapter.head)
 
 
 def recompress(adapter: Adapter, rank: int) -> Recompressed:
@@ -109,7 +109,7 @@ def recompress(adapter: Adapter, rank: int) -> Recompressed:
         factors[fqn] = (new_a.to(a.dtype), new_b.to(b.dtype))
         whole = float(sizes.norm())
         errors[fqn] = float(sizes[kept:].norm()) / whole if whole > 0 else 0.0
-    plain = Adapter(_plain_config(adapter.config, rank), factors, adapter.head)
+    plain = Adapter(adapter.config.with_rank(rank), factors, adapter.head)
     return Recompressed(plain, errors)
 
 
@@ -143,6 +143,7 @@ def write_peft_adapter(
         lora_dropout=adapter.config.dropout,
         target_modules=list(adapter.factors),
         bias="none",
+        use_rslora=adapter.config.rslora,
         inference_mode=True,
     )
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
@@ -153,11 +154,6 @@ def write_peft_adapter(
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     text = json.dumps(plain_json(config.to_dict()), indent=2, sort_keys=True)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _plain_config(config: AdapterConfig, rank: int) -> AdapterConfig:
-    """Return plain LoRA of another rank and the same alpha / rank."""
-    return AdapterConfig(rank, config.alpha * rank / config.rank, config.dropout)
 
 
 def _whole(alpha: float) -> Any:

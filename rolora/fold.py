@@ -90,6 +90,11 @@ def fold_norm_gains(model: PreTrainedModel, names: DecoderNames) -> None:
             model.get_parameter(f"{norm_fqn}.weight").fill_(1.0)
 
 
+def norm_gains(model: PreTrainedModel, names: DecoderNames) -> dict[str, tuple[str, Tensor]]:
+    """Return for each linear that reads a norm the norm's FQN and gain, float64 [hidden_size]."""
+    return {fqn: (norm, _gain(model, norm)) for norm, fqn in _norms_and_readers(names)}
+
+
 def row_chunks(weight: Tensor) -> Iterator[slice]:
     """Yield slices of rows of a matrix [rows, columns], small enough to compute with in float64."""
     step = max(1, _CHUNK_ELEMENTS // weight.shape[1])

@@ -134,6 +134,34 @@ def unrotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderNa
     return delta
 
 
+def unrotate_factors(
+    a: Tensor, b: Tensor, fqn: str, plan: RotationPlan, names: DecoderNames
+) -> tuple[Tensor, Tensor]:
+    """Do to B A what `unrotate_delta` does to a change, factor by factor: the rank stays.
+
+    Args:
+        a: Floating [rank, in].
+        b: Floating [out, rank].
+        fqn: The linear.
+        plan: The rotation.
+        names: Parts of the decoder.
+
+    Returns:
+        A and B, float64.
+
+    Raises:
+        ValueError: As `rotate_delta`.
+    """
+    a, b = a.double(), b.double()
+    for entry in _offline_entries(fqn, plan, names):
+        rotation = plan.find(entry.rotation, entry.layer)
+        if entry.side is Side.INPUT:
+            a = remove_from_weight(a, Side.INPUT, rotation)
+        else:
+            b = remove_from_weight(b, Side.OUTPUT, rotation)
+    return a, b
+
+
 def _offline_entries(fqn: str, plan: RotationPlan, names: DecoderNames) -> list[Application]:
     if fqn != names.head and fqn not in names.linears():
         raise ValueError(

@@ -109,6 +109,8 @@ class RotationPlan:
         rotations: Iterable[RotationName],
         kind: RotationKind,
         seed: int,
+        *,
+        one_r2: bool = False,
     ) -> RotationPlan:
         """Draw the chosen rotations for a model.
 
@@ -120,6 +122,7 @@ class RotationPlan:
             rotations: Which to draw; none is a plan that changes nothing.
             kind: Hadamard with random signs, or Haar random.
             seed: Any integer.
+            one_r2: Give every layer the R2 of the first.
 
         Raises:
             ValueError: Kind `hadamard` and a size that no construction reaches; the message names
@@ -135,7 +138,8 @@ class RotationPlan:
             label, size = sizes[name]
             number = len(names.blocks) if name is RotationName.R2 else 1
             try:
-                drawn = [_draw(kind, name, size, seed, layer) for layer in range(number)]
+                layers = [0] * number if one_r2 else range(number)
+                drawn = [_draw(kind, name, size, seed, layer) for layer in layers]
             except ValueError as error:
                 raise ValueError(f"{name} over {label} = {size}: {error}") from error
             for entry in drawn[0]:

@@ -155,7 +155,7 @@ def test_damaged_config(saved: Path) -> None:
         ({"structure": "spiral"}, "spiral"),
         ({"r": 0}, "rank must be at least 1"),
         ({"r": 4}, r"expected lora_A \[4, in\] .* got \[3, 40\]"),
-        ({"use_rslora": True, "bias": "all"}, "use_rslora, bias"),
+        ({"use_dora": True, "bias": "all"}, "use_dora, bias"),
     ],
 )
 def test_wrong_config(saved: Path, values: dict[str, Any], message: str) -> None:
