@@ -9,8 +9,8 @@ A = A' P_n^T and B = Q_n B' in the model's own basis. There, what a shortcut add
     middle   B'_n A'_k x'_k          ->  B_n A_k x_k
 
 So `block` needs equal P and equal Q along the chain, `input` equal P, and `middle` nothing: what it
-passes on is rank-sized and belongs to no basis (but its weight-norm merge lets A'_k read x'_n, which
-needs equal P). Where that fails a random matrix stands in the shortcut. The rotations are
+passes on is rank-sized and belongs to no basis (but its weight-norm merge lets A'_k read x'_n, and
+that needs equal P). Where it fails a random matrix stands in the shortcut. The rotations are
 
     linear          P          Q
     q, k, gate, up  R1         none

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from deploy.adapter_artifact import StoredAdapter, open_adapter
@@ -265,7 +266,8 @@ def _merge(
 
 
 def _write_model(loaded: LoadedModel, dtype: torch.dtype, directory: Path) -> None:
-    model = loaded.model.to(dtype)
+    model = loaded.model
+    nn.Module.to(model, dtype=dtype)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ArtifactError(f"{loaded.name}: {name} is not finite in {dtype}; use float32")

@@ -22,6 +22,7 @@ from deploy.export import ExportFormat, Target
 from deploy.finetune import Method
 from deploy.finetune_tasks import TrainingTask
 from deploy.presets import PRESETS, Preset
+from deploy.merge import Destination, FloatType
 from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
 from reslora.merge import MergeMethod
@@ -38,7 +39,10 @@ from tests.deploy.tiny_artifacts import (
 from tests.deploy.tiny_classifiers import save_encoder, write_labelled
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("finetune", "merge-rotate-quantize", "export", "run", "evaluate", "bench", "inspect")
+STAGES = (
+    *("finetune", "merge", "merge-rotate-quantize", "export", "run", "evaluate", "bench"),
+    "inspect",
+)
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,38 @@ def test_a_merge_says_how_far_it_is_from_the_unmerged_model(
     assert "KL of each method" not in result.out
     result = terminal(*merge, "auto", "--output", tmp_path / "dry", "--dry-run")
     assert json.loads(result.out)["merge"] == "auto"
+
+
+def test_a_merge_leaves_as_a_model_and_as_an_adapter(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    result = terminal(
+        *("finetune", "--model", base / "model", "--data", base / "rows.jsonl", "--max-steps", 1),
+        *("--batch-size", 2, "--max-tokens", 48, "--rank", 2, "--rslora", "--init", "gaussian"),
+        *("--output", tmp_path / "trained"),
+    )
+    assert result.code == 0, result.err
+    merge = ("merge", "--model", base / "model", "--adapter", tmp_path / "trained", "--to")
+    result = terminal(*merge, "model", "--dtype", "bfloat16", "--output", tmp_path / "m", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["merge"] == {"method": "exact"}
+    result = terminal(*merge, "adapter", "--rank", 1, "--output", tmp_path / "a")
+    assert result.code == 0, result.err
+    assert "error of the lower rank" in result.out
+    result = terminal(
+        *("evaluate", "--model", tmp_path / "m", "--windows", 1, "--window-tokens", 32, "--json")
+    )
+    assert result.code == 0, result.err
+    result = terminal(*merge, "adapter", "--output", tmp_path / "no", "--dry-run")
+    assert json.loads(result.out)["to"] == "adapter"
+    result = terminal(*merge, "model", "--rank", 1, "--output", tmp_path / "no")
+    assert (result.code, "--rank is for --to adapter" in result.err) == (2, True)
+    result = terminal(
+        *("finetune", "--model", base / "model", "--data", base / "rows.jsonl"),
+        *("--init", "pissa", "--output", tmp_path / "no"),
+    )
+    assert (result.code, "supported are default, gaussian" in result.err) == (2, True)
+    assert not (tmp_path / "no").exists()
 
 
 def test_results_are_readable_without_json(terminal: Terminal, base: Path) -> None:
@@ -569,6 +605,8 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.KeepName, Keep),
         (cli.PrecisionName, Precision),
         (cli.MergeName, [*MergeMethod, AUTO]),
+        (cli.DestinationName, Destination),
+        (cli.DtypeName, FloatType),
         (cli.KindName, RotationKind),
         (cli.WeightsName, WeightMethod),
         (cli.FormatName, ExportFormat),

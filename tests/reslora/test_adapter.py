@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from reslora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, restore_adapter, save_adapter
 from reslora.attach import attach_adapters
-from reslora.config import AdapterConfig, Structure
+from reslora.config import AdapterConfig, Initialization, Structure
 
 BLOCK = AdapterConfig(rank=3, alpha=4.5, dropout=0.1, structure=Structure.BLOCK, depth=2)
 FIRST_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -162,6 +162,31 @@ def test_wrong_config(saved: Path, values: dict[str, Any], message: str) -> None
     change_config(saved, **values)
     with pytest.raises(ValueError, match=message):
         load_adapter(saved)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora", "corda", "loftq", "lora_ga"])
+def test_an_adapter_of_a_changed_base_is_refused(saved: Path, start: str) -> None:
+    change_config(saved, init_lora_weights=start)
+    with pytest.raises(ValueError, match=rf"init_lora_weights is '{start}', .* changed base"):
+        load_adapter(saved)
+
+
+@pytest.mark.parametrize("start", [None, True, False, "gaussian", "eva", "mica"])
+def test_a_start_that_left_the_base_alone_is_no_obstacle(saved: Path, start: object) -> None:
+    change_config(saved, init_lora_weights=start)
+    expected = Initialization.GAUSSIAN if start == "gaussian" else Initialization.DEFAULT
+    assert load_adapter(saved).config.initialization is expected
+
+
+def test_files_from_before_rslora_are_read_as_they_were_meant(saved: Path) -> None:
+    values = json.loads((saved / CONFIG_FILE).read_text())
+    for key in ("use_rslora", "init_lora_weights"):
+        del values[key]
+    (saved / CONFIG_FILE).write_text(json.dumps(values))
+    assert load_adapter(saved).config == BLOCK
+    change_config(saved, use_rslora=True)
+    stabilized = load_adapter(saved).config
+    assert stabilized.scaling == pytest.approx(BLOCK.scaling * BLOCK.rank**0.5)
 
 
 def test_wrong_tensors(saved: Path) -> None:

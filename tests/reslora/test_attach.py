@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from reslora.attach import attach_adapters, attached_config, detach_adapters
-from reslora.config import AdapterConfig, Structure
+from reslora.config import AdapterConfig, Initialization, Structure
 
 BLOCK = AdapterConfig(rank=3, structure=Structure.BLOCK)
 
@@ -30,6 +30,51 @@ def test_attaching_changes_no_output_and_trains_only_blocks(
     assert len(trained) == 2 * len(targets)
     assert all("lora_" in name for name in trained)
     assert attached_config(model) == config
+
+
+@pytest.mark.parametrize("structure", [None, *Structure])
+@pytest.mark.parametrize("name", list(Initialization))
+def test_every_initialization_begins_at_zero(
+    llama: LlamaForCausalLM, targets: list[str], structure: Structure | None, name: Initialization
+) -> None:
+    if (structure, name) == (Structure.MIDDLE, Initialization.ORTHOGONAL):
+        return  # refused; the test below shows why
+    ids, before = torch.arange(9)[None], llama.double()(torch.arange(9)[None]).logits
+    config = AdapterConfig(rank=4, alpha=64, structure=structure, initialization=name)
+    model = attach_adapters(llama, config, targets)
+    assert attached_config(model).initialization is name
+    with torch.no_grad():
+        change = (model(ids).logits - before).norm() / before.norm()
+    # peft draws in float32
+    assert float(change) < (1e-5 if name is Initialization.ORTHOGONAL else 1e-300)
+    zero = [not bool(p.any()) for key, p in model.named_parameters() if "lora_B" in key]
+    assert all(zero) == (name is not Initialization.ORTHOGONAL)
+
+
+def test_orthogonal_would_not_begin_at_zero_with_middle_shortcuts(
+    llama: LlamaForCausalLM, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AdapterConfig(rank=4, alpha=64, structure=Structure.MIDDLE)
+    monkeypatch.setattr(
+        "reslora.attach.PEFT_INITIALIZATIONS", {Initialization.DEFAULT: "orthogonal"}
+    )
+    ids, before = torch.arange(9)[None], llama(torch.arange(9)[None]).logits
+    model = attach_adapters(llama, config, targets)
+    with torch.no_grad():
+        assert float((model(ids).logits - before).norm() / before.norm()) > 1e-2
+
+
+def test_the_default_and_gaussian_starts_differ(
+    llama: LlamaForCausalLM, targets: list[str]
+) -> None:
+    spreads = {}
+    for name in (Initialization.DEFAULT, Initialization.GAUSSIAN):
+        config = AdapterConfig(rank=8, initialization=name)
+        model = attach_adapters(copy.deepcopy(llama), config, targets)
+        first = next(p for key, p in model.named_parameters() if "lora_A" in key)
+        spreads[name] = float(first.detach().std())
+    assert spreads[Initialization.GAUSSIAN] == pytest.approx(1 / 8, rel=0.2)
+    assert spreads[Initialization.DEFAULT] == pytest.approx((1 / 24 / 3) ** 0.5, rel=0.2)
 
 
 def test_exactly_the_targets_are_wrapped(llama: LlamaForCausalLM, targets: list[str]) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from reslora.adapter import Adapter, load_adapter, save_adapter
+from reslora.adapter import Adapter, load_adapter, restore_adapter, save_adapter
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import delta_weights, merge_adapter
@@ -56,6 +56,7 @@ def trained(
     return adapter, collect_statistics(attached, [{"input_ids": ids}])
 
 
+@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(
     ("structure", "method", "rank"),
     [
@@ -75,13 +76,15 @@ def test_peft_loads_what_the_merge_computes(
     structure: Structure | None,
     method: MergeMethod,
     rank: int,
+    rslora: bool,
 ) -> None:
-    base, merged = copy.deepcopy(llama).double(), copy.deepcopy(llama).double()
-    config = AdapterConfig(rank=3, alpha=4.5, structure=structure, depth=2)
+    base, merged, fresh = (copy.deepcopy(llama).double() for _ in range(3))
+    config = AdapterConfig(rank=3, alpha=4.5, structure=structure, depth=2, rslora=rslora)
+    assert config.scaling == (4.5 / 3**0.5 if rslora else 1.5)
     adapter, statistics = trained(llama.double(), targets, config, tmp_path / "trained")
     plain = to_peft_adapter(adapter, method, statistics, dtype=torch.float64)
     assert (plain.config.rank, plain.config.structure) == (rank, None)
-    assert plain.config.scaling == config.scaling
+    assert plain.config.scaling == pytest.approx(config.scaling, rel=4 * DOUBLE_EPS)
     write_peft_adapter(plain, tmp_path / "plain")
     loaded: Any = PeftModel.from_pretrained(
         base, str(tmp_path / "plain"), autocast_adapter_dtype=False
@@ -92,13 +95,18 @@ def test_peft_loads_what_the_merge_computes(
         bound = 4 * DOUBLE_EPS * rank * float(delta.abs().max())
         torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=0, atol=bound)
         # negative control: the scale that PEFT would use had alpha been left as it was
-        wrong = layer.get_delta_weight("default") * config.alpha / rank / config.scaling
+        wrong = layer.get_delta_weight("default") * (config.rank / rank) ** (0.5 if rslora else 1)
         if rank != 3:
             smallest = min(smallest, float((wrong - delta).abs().max()) / bound)
     assert smallest > 1e6
     merge_adapter(merged, adapter, method, statistics)
     torch.testing.assert_close(loaded(IDS).logits, merged(IDS).logits, rtol=1e-10, atol=1e-10)
     assert load_adapter(tmp_path / "plain").config == plain.config
+    if method is MergeMethod.EXACT:  # what the layers that were trained compute
+        attached = attach_adapters(fresh, adapter.config, targets)
+        restore_adapter(attached, tmp_path / "trained")
+        expected = attached.eval()(IDS).logits
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_process_without_this_package_reproduces_the_logits(
