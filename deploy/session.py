@@ -43,6 +43,8 @@ class OnnxDecoder:
             self._head_size = int(decoder["head_size"])
             self.context_length = int(self._genai["context_length"])
             self.vocab_size = int(self._genai["vocab_size"])
+            ends = self._genai["eos_token_id"]
+            self.end_ids = frozenset(map(int, ends if isinstance(ends, list) else [ends]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{directory / GENAI_CONFIG_NAME}: not readable as a decoder's configuration "
@@ -61,7 +63,8 @@ class OnnxDecoder:
                 f"{directory / GRAPH_NAME}: ONNX Runtime cannot load it: {error}"
             ) from error
         self._cache: dict[str, ort.OrtValue] = {}
-        self._capacity = self._batch = self._length = 0
+        self._capacity = self._batch = 0
+        self._lengths = np.zeros(0, np.int64)
 
     def __enter__(self) -> OnnxDecoder:
         return self
@@ -101,13 +104,15 @@ class OnnxDecoder:
                 for part in ("key", "value")
             }
             self._capacity, self._batch = capacity, batch
-        self._length = 0
+        self._lengths = np.zeros(batch, np.int64)
 
-    def append(self, ids: np.ndarray) -> np.ndarray:
+    def append(self, ids: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
         """Run the next tokens of each sequence.
 
         Args:
             ids: int64 [B, T], B as given to `start`.
+            lengths: int64 [B], each from 1 to T, for prompts that are padded on the right: how many
+                tokens of each are real. What follows goes on after the last real one.
 
         Returns:
             Logits, float32 [B, T, vocab_size].
@@ -117,19 +122,23 @@ class OnnxDecoder:
                 than a token each, which ONNX Runtime cannot do.
         """
         batch, count = ids.shape
-        if batch != self._batch or self._length + count > self._capacity:
+        held = int(self._lengths.max(initial=0))
+        if batch != self._batch or held + count > self._capacity:
             raise ConfigError(
                 f"cache: room for {self._batch} sequences of {self._capacity} tokens, "
-                f"asked for {batch} of {self._length + count}"
+                f"asked for {batch} of {held + count}"
             )
-        if self._length and batch > 1 and count > 1:
+        if held and lengths is not None:
+            raise ConfigError("only prompts, the first tokens after a start, can be padded")
+        if held and batch > 1 and count > 1:
             raise ConfigError(
                 f"{batch} sequences can go on by one token at a time, asked for {count}"
             )
-        self._length += count
+        self._lengths = self._lengths + (count if lengths is None else lengths)
+        mask = np.arange(held + count) < self._lengths[:, None]
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((batch, self._length), np.int64))
+        binding.bind_cpu_input("attention_mask", mask.astype(np.int64))
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             binding.bind_ortvalue_output(f"present.{name}", buffer)

@@ -83,6 +83,29 @@ def encode_examples(
     return sequences
 
 
+def encode_prompt(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[int, ...]:
+    """Tokenize what stands before the last answer of a conversation, as training does.
+
+    Args:
+        example: A conversation that ends with an assistant turn.
+        tokenizer: The model's tokenizer.
+        max_tokens: What is longer loses its head, at least 1.
+
+    Returns:
+        The token ids that an encoded example has before the tokens of its last answer.
+
+    Raises:
+        ValueError: The example is plain text, which has no prompt, or the chat template refuses it.
+    """
+    if not example.messages:
+        raise ValueError(f"{example.origin}: plain text has no prompt; give prompt and completion")
+    pieces = _render(example, tokenizer)[:-1]
+    ids = [token for text, _ in pieces for token in _ids(tokenizer, text)]
+    return tuple(ids[-max_tokens:])
+
+
 def pack_sequences(sequences: Sequence[TokenSequence], max_tokens: int) -> list[Row]:
     """Fill rows of `max_tokens` with whole sequences, best fit first.
 
