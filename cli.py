@@ -625,21 +625,40 @@ def run_command(
 def evaluate_command(
     model: Annotated[str, typer.Option(help=f"An export, a checkpoint, or: {MODEL_HELP}")],
     data: Annotated[
-        str | None, typer.Option(help="Text, as for --calibration. Default: a sample of ours.")
+        str | None,
+        typer.Option(
+            help="For ppl and kl text, as for --calibration; default: a sample of ours. For "
+            "exact-match and completion-ppl rows, as for finetune. For multiple choice a directory "
+            "with TASK.jsonl(.gz) or TASK.dev.jsonl.gz."
+        ),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Adapter that the model carries; for classification.")
+        Path | None,
+        typer.Option(
+            help="Adapter to evaluate unmerged, shortcuts and online rotations at work; it must "
+            "have been trained on the model."
+        ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="A list of ppl, kl; or classification, of labelled rows.")
+        str,
+        typer.Option(
+            help="A list of ppl, kl, exact-match, completion-ppl, arc_easy, arc_challenge, boolq, "
+            "hellaswag, openbookqa, piqa, social_i_qa, winogrande, mmlu; or classification, alone."
+        ),
     ] = "ppl",
     windows: Annotated[int, typer.Option(help="Windows, evenly spaced over the text.")] = 12,
     window_tokens: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    limit: Annotated[
+        int | None, typer.Option(help="Most rows or questions of a task, the first ones.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer of exact-match, in tokens.")
+    ] = 256,
     threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, and divergence from a reference, of any model on a text."""
+    """Measure any model: perplexity, divergence from a reference, answers, choices, labels."""
     if TaskName.CLASSIFICATION in tasks:
         if tasks.strip() != TaskName.CLASSIFICATION or data is None or reference is not None:
             raise ConfigError(
@@ -648,28 +667,26 @@ def evaluate_command(
             )
         _evaluate_classification(model, adapter, data, as_json)
         return
-    if adapter is not None:
-        raise ConfigError("--adapter is for --tasks classification; merge the adapter first")
-    from deploy.calibration_text import sample_text
-    from deploy.evaluate import cut_windows, evaluate_model, evaluation_summary, parse_tasks
-    from deploy.language_model import open_language_model
-    from deploy.text_data import read_text
+    from deploy.evaluation import EvaluationSettings, parse_tasks, result_lines, run_evaluation
 
-    chosen = parse_tasks(tasks)
-    text = sample_text("evaluation.txt") if data is None else read_text(data)
-    with stderr.status("loading") as status:
-        opened = open_language_model(model, threads=threads)
-        compared = None if reference is None else open_language_model(reference, threads=threads)
-        cut = cut_windows(opened.tokenizer, text, windows, window_tokens)
-        results = evaluate_model(
-            opened.model,
-            None if compared is None else compared.model,
-            cut,
-            chosen,
-            lambda done: status.update(f"window {done} of {windows}"),
-        )
-    summary = evaluation_summary(model, reference, results, cut)
-    _finish(summary, as_json, [(name, f"{value:.6g}") for name, value in results.items()])
+    settings = EvaluationSettings(
+        model=model,
+        tasks=parse_tasks(tasks),
+        data=data,
+        reference=reference,
+        adapter=adapter,
+        windows=windows,
+        window_tokens=window_tokens,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+    )
+    with stderr.status("reading data") as status:
+        summary = run_evaluation(settings, lambda step: status.update(step))
+    lines = result_lines(summary["results"])
+    for name, figures in result_lines(summary.get("reference_results", {})):
+        lines.append((f"reference {name}", figures))
+    _finish(summary, as_json, lines)
 
 
 @app.command("bench")

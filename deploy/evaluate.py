@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,26 +26,10 @@ from deploy.language_model import LanguageModel
 
 
 class Task(StrEnum):
-    """What can be measured."""
+    """What can be measured on running text."""
 
     PPL = "ppl"
     KL = "kl"
-
-
-def parse_tasks(text: str) -> frozenset[Task]:
-    """Read a comma-separated list of tasks.
-
-    Raises:
-        ConfigError: A task is unknown, or none is given.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in set(Task)]
-    if unknown or not names:
-        raise ConfigError(
-            f"--tasks {text!r}: expected a comma-separated list of {', '.join(Task)}; got "
-            f"{', '.join(unknown) or 'none'}"
-        )
-    return frozenset(Task(name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -182,16 +165,3 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
-
-
-def evaluation_summary(
-    model: str, reference: str | None, results: dict[str, float], windows: Windows
-) -> dict[str, Any]:
-    """Return the JSON shape that `rolora evaluate --json` prints."""
-    return {
-        "model": model,
-        "reference": reference,
-        "windows": len(windows.ids),
-        "window_tokens": len(windows.ids[0]),
-        "results": results,
-    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -127,8 +127,9 @@ class TorchLanguageModel:
             eos_token_id=sorted(end_ids) or None,
             pad_token_id=pad,
         )
+        generate: Any = self.model.generate
         with torch.inference_mode():
-            output = self.model.generate(
+            output = generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=settings,

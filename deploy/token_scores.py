@@ -73,8 +73,8 @@ def score_tokens(
         for place, row in enumerate(batch):
             ids[place, : len(row)] = row
         logits = torch.from_numpy(model.batch_logits(ids, start))
-        for place, row in enumerate(members):
-            for index in row:
+        for place, indices in enumerate(members):
+            for index in indices:
                 scores[index] = _score(logits[place], sequences[index], start)
         progress(len(scores))
     return [scores[index] for index in range(len(sequences))]
