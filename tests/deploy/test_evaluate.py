@@ -13,8 +13,6 @@ from deploy.evaluate import (
     Windows,
     cut_windows,
     evaluate_model,
-    evaluation_summary,
-    parse_tasks,
 )
 from tests.conftest import build_tiny_tokenizer
 
@@ -102,15 +100,6 @@ def test_impossible_comparisons_are_refused() -> None:
         evaluate_model(model, other, WINDOWS, BOTH)
 
 
-def test_tasks_are_parsed() -> None:
-    assert parse_tasks(" ppl, kl ") == BOTH
-    for text, named in (("ppl,mmlu", "got mmlu"), ("", "got none"), (",", "got none")):
-        with pytest.raises(
-            ConfigError, match=f"expected a comma-separated list of ppl, kl; {named}"
-        ):
-            parse_tasks(text)
-
-
 def test_windows_are_spaced_evenly_from_the_first_to_the_last_token() -> None:
     tokenizer = build_tiny_tokenizer()
     text = "".join(chr(97 + i % 26) for i in range(101))
@@ -144,14 +133,3 @@ def test_a_tokenizer_that_begins_texts_begins_windows(monkeypatch: pytest.Monkey
 def test_windows_that_cannot_be_cut_are_refused(count: int, tokens: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         cut_windows(build_tiny_tokenizer(), "hello world", count, tokens)
-
-
-def test_the_summary_names_model_reference_and_windows() -> None:
-    summary = evaluation_summary("a", None, {"ppl": 2.0}, WINDOWS)
-    assert summary == {
-        "model": "a",
-        "reference": None,
-        "windows": 2,
-        "window_tokens": 6,
-        "results": {"ppl": 2.0},
-    }

@@ -93,9 +93,7 @@ def test_a_prompt_that_is_too_long_loses_its_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 64, 100])
 def test_an_answer_that_leaves_no_room_is_refused(tmp_path: Path, count: int) -> None:
-    examples = read_number_examples(
-        write(tmp_path / "rows.jsonl", [{"question": "x", "final": 1}])
-    )
+    examples = read_number_examples(write(tmp_path / "rows.jsonl", [{"question": "x", "final": 1}]))
     model = TableModel(random_table(), context_length=64)
     with pytest.raises(ConfigError, match=f"--max-new-tokens {count}: expected at least 1"):
         exact_match(model, build_tiny_tokenizer(), examples, max_new_tokens=count)

@@ -52,9 +52,7 @@ def test_nothing_to_score_is_refused(ids: tuple[int, ...], first: int) -> None:
         score_tokens(TableModel(random_table()), [ScoredTokens(ids, first)])
 
 
-@given(
-    st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60), st.none() | st.integers(1, 5)
-)
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60), st.none() | st.integers(1, 5))
 def test_batches_hold_every_row_once_and_keep_their_bounds(
     lengths: list[int], tokens: int, most_rows: int | None
 ) -> None:
