@@ -124,7 +124,8 @@ class TorchLanguageModel:
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,  # or the model's own would be taken
-            eos_token_id=sorted(end_ids) or None,
+            # no token has the id vocab_size; with None the model's own would be taken
+            eos_token_id=sorted(end_ids) or [self.model.config.vocab_size],
             pad_token_id=pad,
         )
         generate: Any = self.model.generate

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_figures_equal_their_definitions(tmp_path: Path) -> None:
         sums = []
         for choice in question.choices:
             ids = tokenizer(f":{' '}{choice}")["input_ids"]
-            log_p = [log_softmax(model.table[a])[b] for a, b in zip(ids, ids[1:], strict=False)]
+            log_p = [log_softmax(model.table[a])[b] for a, b in itertools.pairwise(ids)]
             sums.append(sum(log_p))
         right.append(np.argmax(sums) == question.answer)
         lengths = [len(choice) for choice in question.choices]
