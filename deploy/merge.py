@@ -291,7 +291,9 @@ def _write_adapter(plain: Adapter, settings: MergeSettings, directory: Path) -> 
     for fqn, pair in factors.items():
         if not all(bool(torch.isfinite(factor).all()) for factor in pair):
             raise ArtifactError(f"{fqn}: factors are not finite in {dtype}; use float32")
-    write_peft_adapter(Adapter(plain.config, factors, plain.head), directory, base_model=settings.model)
+    write_peft_adapter(
+        Adapter(plain.config, factors, plain.head), directory, base_model=settings.model
+    )
     return details
 
 

@@ -70,7 +70,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         train(tmp_path / "b", model_type=model_type)
     monkeypatch.undo()
     resumed, again = train(tmp_path / "b", model_type=model_type, resume=True)
-    assert again.resumed_from_step == 2
+    assert again.resumed_from_step == 3
     assert stored(resumed, tmp_path / "r") == stored(whole, tmp_path / "w")
     assert (again.loss, again.eval_metrics) == (report.loss, report.eval_metrics)
     other, _ = train(tmp_path / "c", replace(QUICK, seed=1), model_type=model_type)
