@@ -144,6 +144,14 @@ class TargetName(StrEnum):
     CPU = "cpu"
 
 
+class KernelName(StrEnum):
+    """Kernels of an export (`deploy.kernels.Kernel`)."""
+
+    AUTO = "auto"
+    INTEGER = "integer"
+    NBITS = "nbits"
+
+
 Json = Annotated[
     bool,
     typer.Option(
@@ -547,11 +555,19 @@ def export_command(
     target: Annotated[
         TargetName, typer.Option(help="Processor whose kernels the graph addresses.")
     ] = TargetName.CPU,
+    kernel: Annotated[
+        KernelName,
+        typer.Option(
+            help="integer: one graph with integer products. nbits: one graph with MatMulNBits. "
+            "auto: integer products for prompts, MatMulNBits for single tokens."
+        ),
+    ] = KernelName.AUTO,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX with integer operators, and check it against torch."""
     from deploy.export import Target, export_onnx
+    from deploy.kernels import Kernel
 
     if dry_run:
         _print_json(
@@ -561,11 +577,18 @@ def export_command(
                 "checkpoint": str(checkpoint),
                 "format": file_format,
                 "target": target,
+                "kernel": kernel,
             }
         )
         return
     with stderr.status("starting") as status:
-        report = export_onnx(checkpoint, output, Target(target), lambda step: status.update(step))
+        report = export_onnx(
+            checkpoint,
+            output,
+            Target(target),
+            Kernel(kernel),
+            lambda step: status.update(step),
+        )
     result = report.to_dict()
     _finish(
         result,

@@ -132,7 +132,7 @@ def measure_run(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
     )
     decoder.start(capacity=len(ids))
     started = time.perf_counter()
-    decoder.append(ids[None, : settings.prompt_tokens])
+    decoder.append(ids[None, : settings.prompt_tokens], last_only=True)
     prefilled = time.perf_counter()
     for position in range(settings.prompt_tokens, len(ids)):
         decoder.append(ids[None, position : position + 1])

@@ -9,18 +9,17 @@ checkpoint has one, down. An input is quantized once for all the linears that re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
+from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.checkpoint import Checkpoint
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
+from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
 from deploy.linear_ops import (
     QuantizedInput,
     float_linear,
@@ -28,6 +27,7 @@ from deploy.linear_ops import (
     nbits_linear,
     quantize_input,
 )
+from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
 from rolora.scheme import Granularity
 
@@ -35,29 +35,24 @@ HEAD_DIM_MULTIPLE = 16
 """What GroupQueryAttention demands of the head size when it rotates."""
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """Values that every attention layer shares."""
-
-    seqlens_k: ir.Value
-    """int32 [B]: index of the last valid position of each sequence."""
-    total_length: ir.Value
-    """int32 scalar: length of the longest sequence, past and present."""
-    cos: ir.Value
-    sin: ir.Value
-
-
 class DecoderGraph:
     """Assembles the graph of one checkpoint.
 
     Args:
         checkpoint: A rotated or unrotated, quantized or float checkpoint.
+        form: Which kernels and outputs the graph has.
+        stored: Weights that the first graph of an export has written.
 
     Raises:
         UnsupportedModelError: ONNX Runtime's attention cannot run the model's head size.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        form: GraphForm = ONE_INTEGER_GRAPH,
+        stored: Mapping[str, ir.ExternalTensor] | None = None,
+    ) -> None:
         head_dim = checkpoint.names.head_dim
         if head_dim % HEAD_DIM_MULTIPLE:
             raise UnsupportedModelError(
@@ -67,7 +62,8 @@ class DecoderGraph:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.names
-        self.graph = GraphBuilder("decoder")
+        self.form = form
+        self.graph = GraphBuilder("decoder", stored)
 
     def build(self) -> ir.Model:
         """Return the model with lazy weights; saving it reads them from the checkpoint."""
@@ -77,7 +73,7 @@ class DecoderGraph:
             "attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length")
         )
         inputs, outputs = [input_ids, mask], []
-        attention = self._attention_inputs(mask)
+        attention = attention_inputs(graph, mask, self.config, names.head_dim)
         stream, delta = self._embed(input_ids), None
         windows = sliding_window_per_layer(self.config)
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
@@ -104,10 +100,27 @@ class DecoderGraph:
             normed, stream = self._norm(block.mlp_norm, stream, delta)
             delta = self._mlp(block, normed)
         normed, _ = self._norm(names.final_norm, stream, delta)
-        logits = self._linear([names.head], normed, self._quantized(names.head, normed), names.head)
-        wide = ("batch_size", "sequence_length", self.config.vocab_size)
-        logits = name_output(logits, "logits", ir.DataType.FLOAT, wide)
-        return graph.build(inputs, [logits, *outputs])
+        if not self.form.last_logits:
+            return graph.build(inputs, [self._head(normed, "sequence_length"), *outputs])
+        logits = self._head(last_hidden(graph, normed, input_ids, attention), 1)
+        hidden = name_output(normed, HIDDEN_NAME, ir.DataType.FLOAT, self._hidden_shape)
+        return graph.build(inputs, [logits, *outputs, hidden])
+
+    def build_head(self) -> ir.Model:
+        """Return the head by itself: hidden states of any positions to their logits."""
+        hidden = graph_value(HIDDEN_NAME, ir.DataType.FLOAT, self._hidden_shape)
+        return self.graph.build([hidden], [self._head(hidden, "sequence_length")])
+
+    @property
+    def _hidden_shape(self) -> tuple[str, str, int]:
+        return "batch_size", "sequence_length", self.names.hidden_size
+
+    def _head(self, hidden: ir.Value, positions: int | str) -> ir.Value:
+        """Add the head and name its output."""
+        fqn = self.names.head
+        logits = self._linear([fqn], hidden, self._quantized(fqn, hidden), fqn)
+        wide = ("batch_size", positions, self.config.vocab_size)
+        return name_output(logits, "logits", ir.DataType.FLOAT, wide)
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
         """Look the tokens up; int8 rows are scaled after the lookup."""
@@ -126,28 +139,6 @@ class DecoderGraph:
         row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
         as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
         return self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
-
-    def _attention_inputs(self, mask: ir.Value) -> AttentionInputs:
-        """Derive lengths from the attention mask, and tabulate the rotary embedding."""
-        graph = self.graph
-        lengths = graph.value(
-            "ReduceSum",
-            [mask, graph.constant(np.array([1], np.int64))],
-            "mask/ReduceSum",
-            keepdims=0,
-        )
-        last = graph.value("Sub", [lengths, graph.constant(np.int64(1))], "mask/Sub")
-        seqlens_k = graph.value("Cast", [last], "mask/seqlens_k/Cast", to=ir.DataType.INT32)
-        shape = graph.value("Shape", [mask], "mask/Shape")
-        total = graph.value("Gather", [shape, graph.constant(np.int64(1))], "mask/Gather", axis=0)
-        total_length = graph.value("Cast", [total], "mask/total/Cast", to=ir.DataType.INT32)
-        cos, sin = rotary_tables(self.config, self.names.head_dim)
-        return AttentionInputs(
-            seqlens_k,
-            total_length,
-            graph.weight("cos_cache", ir.tensor(cos)),
-            graph.weight("sin_cache", ir.tensor(sin)),
-        )
 
     def _norm(
         self, fqn: str, stream: ir.Value, delta: ir.Value | None
@@ -266,7 +257,9 @@ class DecoderGraph:
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
         """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""
         linear = self.checkpoint.linear(fqn)
-        if linear.activation is None or linear.activation.granularity is Granularity.GROUP:
+        if linear.activation is None or self.form.kernel is Kernel.NBITS:
+            return None
+        if linear.activation.granularity is Granularity.GROUP:
             return None
         static = linear.activation.granularity is Granularity.TENSOR
         scale = self.checkpoint.array(f"{fqn}.input_scale") if static else None
@@ -278,30 +271,9 @@ class DecoderGraph:
         """Add the product of linears that read one input, with the kernel of their format."""
         linears = [self.checkpoint.linear(fqn) for fqn in fqns]
         if quantized is not None:
-            return integer_linear(self.graph, quantized, self.checkpoint, linears, name)
+            return integer_linear(
+                self.graph, quantized, self.checkpoint, linears, name, blocked=self.form.blocked
+            )
         if linears[0].activation is not None:
             return nbits_linear(self.graph, x, self.checkpoint, linears, name)
         return float_linear(self.graph, x, self.checkpoint, linears, name)
-
-
-def rotary_tables(config: PretrainedConfig, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tabulate cos and sin of the rotary embedding for every position of the context.
-
-    Args:
-        config: With `rope_parameters` (default, linear, llama3, yarn ...) and
-            `max_position_embeddings`.
-        head_dim: Size of a head; all of it is rotated.
-
-    Returns:
-        Two float32 arrays [max_position_embeddings, head_dim / 2].
-    """
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        inverse_frequency, scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
-    else:
-        inverse_frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    positions = torch.arange(config.max_position_embeddings).float()
-    angles = positions[:, None] * inverse_frequency.float()[None, :]
-    return (angles.cos() * scaling).numpy(), (angles.sin() * scaling).numpy()

@@ -120,7 +120,7 @@ def run_demo(
             output / variant.directory / "onnx",
         )
         merge_rotate_quantize(_checkpoint_settings(model, adapter, variant), checkpoint, progress)
-        export_onnx(checkpoint, export, Target.CPU, progress)
+        export_onnx(checkpoint, export, Target.CPU, progress=progress)
         exports.append((variant, export))
     reference = open_language_model(str(exports[0][1]), threads=settings.threads)
     rows = []
@@ -200,7 +200,7 @@ def _measure(
     graph_bytes = sum(
         record.bytes
         for name, record in read_manifest(export).files.items()
-        if name.startswith("model.onnx")
+        if name.endswith((".onnx", ".onnx.data"))
     )
     return DemoRow(
         label=variant.label,

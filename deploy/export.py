@@ -1,18 +1,20 @@
 """The export stage: checkpoint -> ONNX directory for ONNX Runtime and onnxruntime-genai.
 
-    model.onnx, model.onnx.data    the graph, and its weights beside it (so that models over 2 GB
-    fit) genai_config.json              what onnxruntime-genai reads tokenizer.json, ...
-    copied from the checkpoint rolora_manifest.json           where it came from, and the parity
-    that was measured
+    prompt.onnx, token.onnx        a graph for prompts, and one for single tokens; or model.onnx
+    head.onnx                      the prompt graph's head alone: logits of every position
+    model.onnx.data                the weights of all graphs, once
+    genai_config.json              what onnxruntime-genai reads
+    tokenizer.json, ...            copied from the checkpoint
+    rolora_manifest.json           where it came from, and the parity that was measured
 
-The directory appears only after the graph has been run and compared with the torch reference.
+The directory appears only after the graphs have been run and compared with the torch reference.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +36,8 @@ from deploy.calibration_text import sample_text
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.genai_config import genai_config
+from deploy.graph_builder import stored_initializers
+from deploy.kernels import HEAD_GRAPH, GraphForm, Kernel, graph_forms
 from deploy.language_model import load_tokenizer
 from deploy.memory import peak_memory_bytes
 from deploy.parity import DECODE_STEPS, PROMPT_TOKENS, check_parity
@@ -80,6 +84,7 @@ def export_onnx(
     checkpoint_directory: Path,
     output: Path,
     target: Target,
+    kernel: Kernel = Kernel.AUTO,
     progress: Callable[[str], None] = lambda step: None,
 ) -> ExportReport:
     """Export a checkpoint and check the result.
@@ -88,35 +93,32 @@ def export_onnx(
         checkpoint_directory: From `merge-rotate-quantize`.
         output: The directory to make.
         target: Processor whose kernels the graph addresses.
+        kernel: Kernels of the quantized linears.
         progress: Called with a line for each step.
 
     Raises:
         ConfigError: The output exists.
         StageOrderError: The directory is no checkpoint.
         ArtifactError: A file is missing or damaged, or the disk is full.
-        UnsupportedModelError: ONNX Runtime cannot run the model's head size.
+        UnsupportedModelError: ONNX Runtime cannot run the model's head size, or the kernel not its
+            scheme.
         ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
     """
     with Checkpoint(checkpoint_directory) as checkpoint:
         parents = {"checkpoint": checkpoint.manifest.digest}
-        config: dict[str, Any] = {"format": str(ExportFormat.ONNX), "target": str(target)}
+        config: dict[str, Any] = {
+            "format": str(ExportFormat.ONNX),
+            "target": str(target),
+            "kernel": str(kernel),
+        }
         if done := finished_artifact(output, ArtifactKind.ONNX, parents, config):
             progress(f"{output} is finished already")
             return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
-            progress("building the graph")
-            model = DecoderGraph(checkpoint).build()
-            operators = count_operators(model)
-            progress("writing the weights")
-            ir.save(
-                model,
-                directory / GRAPH_NAME,
-                external_data=DATA_NAME,
-                size_threshold_bytes=1024,
-                max_workers=1,
-            )
-            genai = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory)
+            forms = graph_forms(checkpoint, kernel)
+            operators = write_graphs(checkpoint, forms, directory, progress)
+            genai = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory, forms)
             (directory / GENAI_CONFIG_NAME).write_text(
                 json.dumps(genai, indent=2) + "\n", encoding="utf-8"
             )
@@ -124,7 +126,7 @@ def export_onnx(
                 if path.is_file() and path.name not in _NOT_COPIED:
                     shutil.copyfile(path, directory / path.name)
             progress("checking parity with the torch reference")
-            parity = check_parity(checkpoint, directory, parity_tokens(checkpoint))
+            parity = check_parity(checkpoint, directory, parity_tokens(checkpoint), forms)
             manifest = write_manifest(
                 directory,
                 Manifest(
@@ -140,6 +142,42 @@ def export_onnx(
                 ),
             )
     return ExportReport(output, manifest, peak_memory_bytes())
+
+
+def write_graphs(
+    checkpoint: Checkpoint,
+    forms: Sequence[GraphForm],
+    directory: Path,
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict[str, int]:
+    """Write the graphs and, once, the weights that they share.
+
+    Args:
+        checkpoint: What is exported; its weights are read while they are written.
+        forms: The graphs; the first one brings the weights.
+        directory: Receives the files.
+        progress: Called with a line for each step.
+
+    Returns:
+        How often each operator occurs, over all graphs.
+    """
+    stored: dict[str, ir.ExternalTensor] = {}
+    operators: dict[str, int] = {}
+    for form in forms:
+        progress(f"writing {form.file}")
+        graph = DecoderGraph(checkpoint, form, stored)
+        model = graph.build_head() if form is HEAD_GRAPH else graph.build()
+        ir.save(
+            model,
+            directory / form.file,
+            external_data=None if stored else DATA_NAME,
+            size_threshold_bytes=1024,
+            max_workers=1,
+        )
+        for operator, count in count_operators(model).items():
+            operators[operator] = operators.get(operator, 0) + count
+        stored = stored or stored_initializers(ir.load(directory / form.file))
+    return _most_frequent_first(operators)
 
 
 def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
@@ -158,4 +196,8 @@ def count_operators(model: ir.Model) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in model.graph:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return _most_frequent_first(counts)
+
+
+def _most_frequent_first(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

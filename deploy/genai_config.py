@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from deploy.session import GRAPH_NAME
+from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
+from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
 from rolora.decoder import DecoderNames
 
+PIPELINE_TYPE = "decoder-pipeline"
+"""Model type under which onnxruntime-genai runs a graph per phase over one cache."""
 
-def genai_config(config: PretrainedConfig, names: DecoderNames, directory: Path) -> dict[str, Any]:
+
+def genai_config(
+    config: PretrainedConfig,
+    names: DecoderNames,
+    directory: Path,
+    forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
+) -> dict[str, Any]:
     """Describe an exported decoder to onnxruntime-genai.
 
     Args:
         config: The model's configuration.
         names: Its parts and sizes.
         directory: The checkpoint, for its `generation_config.json` if it has one.
+        forms: The graphs of the export.
 
     Returns:
         The content of `genai_config.json`.
@@ -33,11 +44,11 @@ def genai_config(config: PretrainedConfig, names: DecoderNames, directory: Path)
             "eos_token_id": _first_id(end, 0),
             "pad_token_id": _first_id(pad, first_end, 0),
             "context_length": config.max_position_embeddings,
-            "type": config.model_type,
+            "type": config.model_type if len(forms) == 1 else PIPELINE_TYPE,
             "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": GRAPH_NAME,
+                **_graphs(forms, len(names.blocks)),
                 "head_size": names.head_dim,
                 "hidden_size": names.hidden_size,
                 "num_attention_heads": names.num_heads,
@@ -72,6 +83,32 @@ def genai_config(config: PretrainedConfig, names: DecoderNames, directory: Path)
             "max_length": config.max_position_embeddings,
             "past_present_share_buffer": True,
         },
+    }
+
+
+def _graphs(forms: Sequence[GraphForm], layers: int) -> dict[str, Any]:
+    """Name the one graph, or the graph of each phase with its inputs and outputs.
+
+    Every output of a graph has to be listed: onnxruntime-genai 0.18 frees those that are not twice.
+    """
+    if len(forms) == 1:
+        return {"filename": forms[0].file}
+    caches = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in caches)]
+    outputs = ["logits", *(f"present.{name}" for name in caches)]
+    return {
+        "pipeline": [
+            {
+                phase: {
+                    "filename": file,
+                    "inputs": inputs,
+                    "outputs": [*outputs, HIDDEN_NAME] if phase == "prompt" else outputs,
+                    "run_on_prompt": phase == "prompt",
+                    "run_on_token_gen": phase == "token",
+                }
+            }
+            for phase, file in (("prompt", PROMPT_NAME), ("token", TOKEN_NAME))
+        ]
     }
 
 

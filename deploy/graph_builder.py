@@ -6,7 +6,7 @@ written, one tensor at a time, so that an export never holds the model in memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ class GraphBuilder:
 
     Args:
         name: Name of the graph.
+        stored: Initializers that another graph has written; those of the same name refer to the
+            bytes in its file.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stored: Mapping[str, ir.ExternalTensor] | None = None) -> None:
         self._name = name
+        self._stored = stored or {}
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -35,15 +38,21 @@ class GraphBuilder:
         array = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = self.weight(f"constant_{len(self._constants)}", ir.tensor(array))
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self._initializer(name, ir.tensor(array))
         return self._constants[key]
 
     def weight(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Add an initializer.
 
         Raises:
-            ValueError: The name is taken.
+            ValueError: The name is taken, or the bytes stored under it are of another length.
         """
+        if name in self._stored:
+            tensor = refer_to(self._stored[name], tensor)
+        return self._initializer(name, tensor)
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name in self._initializers:
             raise ValueError(f"initializer {name!r} is added twice")
         value = ir.Value(
@@ -124,6 +133,35 @@ class GraphBuilder:
             name=self._name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="rolora")
+
+
+def refer_to(stored: ir.ExternalTensor, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    """Return a tensor with the bytes of a stored one, and dtype and shape of another.
+
+    Raises:
+        ValueError: They differ in length.
+    """
+    if stored.nbytes != tensor.nbytes:
+        raise ValueError(
+            f"{stored.name}: stored with {stored.nbytes} bytes, expected {tensor.nbytes}"
+        )
+    return ir.ExternalTensor(
+        stored.location,
+        stored.offset,
+        stored.length,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=stored.name,
+        base_dir=stored.base_dir,
+    )
+
+
+def stored_initializers(model: ir.Model) -> dict[str, ir.ExternalTensor]:
+    """Return the initializers of a loaded model whose bytes lie in its external data file."""
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {
+        name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)
+    }
 
 
 def graph_value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

@@ -9,10 +9,10 @@ INTEGER (per-token or static scales), all products exact in int32:
 Activations are uint8 with zero point 128: on x64 the kernel for unsigned times signed is 10 to 50
 times faster than signed times signed. Below 8 bits a Clip on the bytes keeps the range. Weights of
 4 bits are INT4 initializers behind a Cast, which ONNX Runtime folds when it loads the model: the
-file has 4 bits, the kernel 8.
+file has 4 bits, the kernel 8. A graph that shares its file with a graph of MatMulNBits reads that
+layout (blocked_weights).
 
-NBITS (weights with groups): MatMulNBits at accuracy level 4, which quantizes each K-block of the
-input to int8.
+NBITS: MatMulNBits at accuracy level 4, which quantizes each block of input columns to int8 itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from deploy.blocked_weights import block_scales, blocked_layout, pack_blocks, signed_weight
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.graph_builder import MICROSOFT, GraphBuilder
 from rolora.affine import SMALLEST_SCALE, activation_range
@@ -95,6 +96,8 @@ def integer_linear(
     checkpoint: Checkpoint,
     linears: list[StoredLinear],
     name: str,
+    *,
+    blocked: bool = False,
 ) -> ir.Value:
     """Add one integer product for linears that read the same input, their outputs side by side.
 
@@ -104,26 +107,15 @@ def integer_linear(
         checkpoint: Holds the integers.
         linears: One or more per-channel linears with the same bits, packed along the output axis.
         name: Prefix of node names.
+        blocked: Store the weight as MatMulNBits does, for a graph of that kernel beside this one.
 
     Returns:
         float32 [B, S, sum of out_features].
     """
-    columns = sum(linear.out_features for linear in linears)
-    rows = linears[0].in_features
-    four_bits = linears[0].weight.bits == 4
-
-    def read() -> ir.TensorProtocol:
-        weight = np.concatenate([checkpoint.integers(linear) for linear in linears]).T
-        if not four_bits:
-            return ir.tensor(np.ascontiguousarray(weight))
-        return ir.PackedTensor(
-            _pack_nibbles(weight), ir.DataType.INT4, shape=ir.Shape(weight.shape)
-        )
-
-    dtype = ir.DataType.INT4 if four_bits else ir.DataType.INT8
-    weight = graph.lazy_weight(f"{name}.weight", dtype, (rows, columns), read)
-    if four_bits:
-        weight = graph.value("Cast", [weight], f"{name}/Cast", to=ir.DataType.INT8)
+    if blocked:
+        weight = signed_weight(graph, checkpoint, linears, blocked_layout(linears), name)
+    else:
+        weight = _column_weight(graph, checkpoint, linears, name)
     scales = np.concatenate([checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears])
     bias = _concatenated_bias(checkpoint, linears)
     bias_value = None if bias is None else graph.weight(f"{name}.bias", ir.tensor(bias))
@@ -148,55 +140,66 @@ def integer_linear(
     return y
 
 
-def nbits_linear(
-    graph: GraphBuilder, x: ir.Value, checkpoint: Checkpoint, linears: list[StoredLinear], name: str
+def _column_weight(
+    graph: GraphBuilder, checkpoint: Checkpoint, linears: list[StoredLinear], name: str
 ) -> ir.Value:
-    """Add one MatMulNBits for linears that read the same input; weights in groups of 4 or 8 bits.
+    """Add the weight as int8 [K, N], stored in that shape with 4 or 8 bits."""
+    shape = (linears[0].in_features, sum(linear.out_features for linear in linears))
+    four_bits = linears[0].weight.bits == 4
+
+    def read() -> ir.TensorProtocol:
+        weight = np.concatenate([checkpoint.integers(linear) for linear in linears]).T
+        if not four_bits:
+            return ir.tensor(np.ascontiguousarray(weight))
+        return ir.PackedTensor(
+            _pack_nibbles(weight), ir.DataType.INT4, shape=ir.Shape(weight.shape)
+        )
+
+    dtype = ir.DataType.INT4 if four_bits else ir.DataType.INT8
+    weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read)
+    if four_bits:
+        weight = graph.value("Cast", [weight], f"{name}/Cast", to=ir.DataType.INT8)
+    return weight
+
+
+def nbits_linear(
+    graph: GraphBuilder,
+    x: ir.Value,
+    checkpoint: Checkpoint,
+    linears: list[StoredLinear],
+    name: str,
+) -> ir.Value:
+    """Add one MatMulNBits for linears that read the same input; weights of 4 or 8 bits.
 
     Args:
-        graph: Receives the node.
+        graph: Receives the nodes.
         x: float32 [B, S, K].
         checkpoint: Holds the integers.
-        linears: One or more linears with the same bits and group size.
+        linears: One or more linears with the same bits and group size, or without groups.
         name: Prefix of node names.
 
     Returns:
         float32 [B, S, sum of out_features].
     """
-    first = linears[0]
-    bits, group_size = first.weight.bits, first.weight.group_size
-    assert group_size is not None
-    columns = sum(linear.out_features for linear in linears)
-    groups = first.in_features // group_size
-    shape = (columns, groups, group_size * bits // 8)
+    layout = blocked_layout(linears)
 
     def read() -> ir.TensorProtocol:
-        if bits == 4:
-            blocks = np.concatenate(
-                [checkpoint.array(f"{linear.fqn}.weight") for linear in linears]
-            )
-        else:
-            integers = np.concatenate([checkpoint.integers(linear) for linear in linears])
-            blocks = (integers.astype(np.int16) + ZERO_POINT).astype(np.uint8)
-        return ir.tensor(np.ascontiguousarray(blocks.reshape(shape)))
+        return ir.tensor(pack_blocks(checkpoint, linears, layout))
 
     scales = np.concatenate([checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears])
     y = graph.value(
         "MatMulNBits",
         [
             x,
-            graph.lazy_weight(f"{name}.weight", ir.DataType.UINT8, shape, read),
-            graph.weight(
-                f"{name}.weight_scale",
-                ir.tensor(np.ascontiguousarray(scales.reshape(columns, groups))),
-            ),
+            graph.lazy_weight(f"{name}.weight", ir.DataType.UINT8, layout.shape, read),
+            block_scales(graph, scales, layout, name),
         ],
         f"{name}/MatMulNBits",
         domain=MICROSOFT,
-        K=first.in_features,
-        N=columns,
-        bits=bits,
-        block_size=group_size,
+        K=layout.columns,
+        N=layout.rows,
+        bits=layout.bits,
+        block_size=layout.block_size,
         accuracy_level=4,
     )
     return _add_bias(graph, y, checkpoint, linears, name)

@@ -14,12 +14,19 @@ logits is the noise floor. The export must stay within twice the floor, in
     relative error = ||ort - torch||_2 / ||torch||_2        (logits centred per position, since
     softmax ignores a shift).
 
+MatMulNBits quantizes activations per block of columns, more finely than the scheme. A graph of that
+kernel therefore has another reference: the torch model with the same integer weights and float
+activations. It must be at least as near to it as the scheme itself, by the same measure (or within
+the bound above, where that is larger); the tests hold it to fail with a wrong scale or zero point.
+
 A wrong epsilon, scale or rotation lies far outside for float checkpoints, whose floor is near 1e-5;
 the same graph code builds them, and the tests hold every family to that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +37,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deploy.blocked_weights import blocked_layout, unpack_blocks
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.errors import ParityError
-from deploy.linear_ops import ZERO_POINT
-from deploy.session import GRAPH_NAME, OnnxDecoder
+from deploy.kernels import HEAD_GRAPH, ONE_INTEGER_GRAPH, GraphForm, Kernel
+from deploy.session import OnnxDecoder
+from rolora.linear import QuantizedLinear
 
 DECODE_STEPS = 64
 PROMPT_TOKENS = 64
@@ -58,6 +67,10 @@ class ParityReport:
     noise_floor: float
     """The most that a perturbation of 1e-5 did to the torch reference itself."""
     bound: float
+    float_activation_error: float | None
+    """Of the steps of a MatMulNBits graph, to the model with float activations; else None."""
+    float_activation_bound: float | None
+    """The most that may be: what the scheme's own activations do to that model's logits."""
     top1_agreement: float
     """Share of all positions where both predict the same token."""
 
@@ -66,7 +79,12 @@ class ParityReport:
         return asdict(self)
 
 
-def check_parity(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> ParityReport:
+def check_parity(
+    checkpoint: Checkpoint,
+    directory: Path,
+    ids: np.ndarray,
+    forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
+) -> ParityReport:
     """Compare an exported directory with its checkpoint.
 
     Args:
@@ -74,15 +92,18 @@ def check_parity(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> Pa
         directory: The export.
         ids: int64 [PROMPT_TOKENS + DECODE_STEPS] tokens to run, or fewer for models with a short
             context.
+        forms: The graphs of the export.
 
     Raises:
         ParityError: An integer differs, or an error exceeds its bound.
     """
-    exact = check_exact_weights(checkpoint, directory)
+    exact = check_exact_weights(checkpoint, directory, forms)
     prompt = max(1, len(ids) - DECODE_STEPS)
     model = checkpoint.load_model()
     expected = _torch_logits(model, ids)
     floor = noise_floor(model, checkpoint.names.embedding, ids, expected)
+    by_nbits = [form.kernel is Kernel.NBITS for form in forms if form is not HEAD_GRAPH]
+    float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
     del model
     with OnnxDecoder(directory) as decoder:
         decoder.start(capacity=len(ids))
@@ -90,25 +111,71 @@ def check_parity(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> Pa
         steps = [decoder.append(ids[None, i : i + 1])[0] for i in range(prompt, len(ids))]
     decode = np.concatenate(steps) if steps else prefill[:0]
     found = np.concatenate([prefill, decode])
+    bound = max(FLOOR_FACTOR * floor, LEAST_BOUND)
+    float_error = float_bound = None
+    if float_logits is not None:
+        part = slice(0 if all(by_nbits) else prompt, len(ids))
+        if len(found[part]):
+            float_error = relative_error(found[part], float_logits[part])
+            float_bound = max(relative_error(expected[part], float_logits[part]), bound)
     report = ParityReport(
         exact_weights=exact,
         prefill_error=relative_error(prefill, expected[:prompt]),
         decode_error=relative_error(decode, expected[prompt:]) if len(decode) else 0.0,
         noise_floor=floor,
-        bound=max(FLOOR_FACTOR * floor, LEAST_BOUND),
+        bound=bound,
+        float_activation_error=float_error,
+        float_activation_bound=float_bound,
         top1_agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
     )
-    worst = max(report.prefill_error, report.decode_error)
-    if not worst <= report.bound:  # also refuses NaN
+    _hold_to_bounds(report, integer_prompt=not all(by_nbits), integer_steps=not any(by_nbits))
+    return report
+
+
+def _hold_to_bounds(report: ParityReport, *, integer_prompt: bool, integer_steps: bool) -> None:
+    """Refuse a report whose errors exceed their bounds, and NaN."""
+    fault = (
+        "nothing was written. This is a fault of the export: please report it with the model's "
+        "config.json"
+    )
+    errors = [report.prefill_error] * integer_prompt + [report.decode_error] * integer_steps
+    # Compared one by one: max() may pass over NaN.
+    if not all(error <= report.bound for error in errors):
         raise ParityError(
             f"the exported graph departs from the torch reference: relative error of the logits "
-            f"{worst:.3g} "
+            f"{max(errors):.3g} "
             f"(prefill {report.prefill_error:.3g}, decode {report.decode_error:.3g}), expected at "
-            f"most {report.bound:g}; "
-            "nothing was written. This is a fault of the export: please report it with the "
-            "model's             config.json"
+            f"most {report.bound:g}; {fault}"
         )
-    return report
+    error, bound = report.float_activation_error, report.float_activation_bound
+    if error is not None and bound is not None and not error <= bound:
+        raise ParityError(
+            f"the exported graph departs from the torch reference: MatMulNBits is farther from the "
+            f"model with float activations than the scheme is, relative error of the logits "
+            f"{error:.3g}, expected at most {bound:.3g}; {fault}"
+        )
+
+
+def float_activation_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Return the logits of a quantized model whose linears read unquantized inputs.
+
+    Args:
+        model: The torch reference.
+        ids: int64 [T].
+
+    Returns:
+        float32 [T, V].
+    """
+
+    def product(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        assert isinstance(module, QuantizedLinear)
+        return nn.functional.linear(inputs[0], module.dequantized_weight(), module.bias)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                hooks.callback(module.register_forward_hook(product).remove)
+        return _torch_logits(model, ids)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -118,42 +185,65 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def check_exact_weights(checkpoint: Checkpoint, directory: Path) -> int:
-    """Compare every quantized weight of the ONNX file with the checkpoint, number by number.
+def check_exact_weights(
+    checkpoint: Checkpoint,
+    directory: Path,
+    forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
+) -> int:
+    """Compare every quantized weight in every graph with the checkpoint, number by number.
 
     Returns:
-        The number of linears compared.
+        The number of linears compared in a whole graph.
 
     Raises:
-        ParityError: An integer or a scale differs, or a linear is missing from the graph.
+        ParityError: An integer or a scale differs, or a linear is missing from a graph.
     """
-    initializers = ir.load(directory / GRAPH_NAME).graph.initializers
     names = checkpoint.names
-    packed = [(block.query, block.key, block.value) for block in names.blocks]
-    alone = [(fqn,) for fqn in (*names.linears(), names.head)]
+    counts = [
+        _check_graph(
+            checkpoint,
+            directory,
+            form,
+            (names.head,) if form is HEAD_GRAPH else (*names.linears(), names.head),
+        )
+        for form in forms
+    ]
+    return max(counts)
+
+
+def _check_graph(
+    checkpoint: Checkpoint, directory: Path, form: GraphForm, fqns_held: Sequence[str]
+) -> int:
+    """Compare one graph, which must hold the quantized ones of the linears named."""
+    initializers = ir.load(directory / form.file).graph.initializers
+    packed = [(block.query, block.key, block.value) for block in checkpoint.names.blocks]
+    alone = [(fqn,) for fqn in fqns_held]
     compared = 0
     for fqns in [*packed, *alone]:
         linears = [checkpoint.linear(fqn) for fqn in fqns]
-        key = f"{graph_name(fqns)}.weight"
+        name = graph_name(fqns)
+        key = f"{name}.weight"
         if linears[0].activation is None or key not in initializers:
             continue
-        found = _stored_integers(_content(initializers[key]), linears)
+        found = _stored_integers(_content(initializers[key]), linears, form)
         expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
         if not np.array_equal(found, expected):
             raise ParityError(
-                f"{key}: the exported integers are not the checkpoint's; nothing was written"
+                f"{form.file}: {key}: the exported integers are not the checkpoint's; nothing was "
+                "written"
             )
         scales = _content(initializers[f"{key}_scale"]).numpy()
         expected = np.concatenate([checkpoint.array(f"{fqn}.weight_scale") for fqn in fqns])
-        if not np.array_equal(scales, expected):
+        if not np.array_equal(scales.reshape(-1), expected.reshape(-1)):
             raise ParityError(
-                f"{key}_scale: the exported scales are not the checkpoint's; nothing was written"
+                f"{form.file}: {key}_scale: the exported scales are not the checkpoint's; nothing "
+                "was written"
             )
         compared += len(linears)
     quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
     if compared != quantized:
         raise ParityError(
-            f"the graph holds {compared} of {quantized} quantized linears; nothing was written"
+            f"{form.file} holds {compared} of {quantized} quantized linears; nothing was written"
         )
     return compared
 
@@ -168,17 +258,14 @@ def _content(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _stored_integers(tensor: ir.TensorProtocol, linears: list[StoredLinear]) -> np.ndarray:
+def _stored_integers(
+    tensor: ir.TensorProtocol, linears: list[StoredLinear], form: GraphForm
+) -> np.ndarray:
     """Return the integers of an initializer as int8 [out, in], whichever kernel's layout it has."""
-    array = tensor.numpy()
-    if linears[0].weight.group_size is None:
-        return array.astype(np.int8).T
-    rows = sum(linear.out_features for linear in linears)
-    flat = array.reshape(rows, -1)
-    if linears[0].weight.bits == 8:
-        return (flat.astype(np.int16) - ZERO_POINT).astype(np.int8)
-    nibbles = np.stack((flat & 0x0F, flat >> 4), axis=-1).reshape(rows, -1)
-    return nibbles.astype(np.int8) - np.int8(8)
+    grouped = linears[0].weight.group_size is not None
+    if not (grouped or form.blocked or form.kernel is Kernel.NBITS):
+        return tensor.numpy().astype(np.int8).T
+    return unpack_blocks(np.frombuffer(tensor.tobytes(), np.uint8), blocked_layout(linears))
 
 
 def _torch_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:

@@ -1,5 +1,9 @@
 """An exported decoder in plain ONNX Runtime: whole windows, or step by step over a cache.
 
+Where the directory has a graph for prompts and one for single tokens, each runs on what it is for;
+both read and append to one cache. The head over every position of a prompt is loaded when it is
+first asked for.
+
 Past and present of a layer are one buffer, bound as input and as output, as ONNX Runtime GenAI does
 it: the attention operator then appends in place instead of copying the cache at every token.
 
@@ -18,6 +22,11 @@ import onnxruntime as ort
 from deploy.errors import ArtifactError, ConfigError
 
 GRAPH_NAME = "model.onnx"
+PROMPT_NAME = "prompt.onnx"
+TOKEN_NAME = "token.onnx"
+HEAD_NAME = "head.onnx"
+HIDDEN_NAME = "last_hidden_state"
+"""Further output of the prompt graph, and input of the head: the final norm, every position."""
 GENAI_CONFIG_NAME = "genai_config.json"
 
 
@@ -25,7 +34,7 @@ class OnnxDecoder:
     """Runs one exported directory.
 
     Args:
-        directory: Holds `model.onnx`, its data, and `genai_config.json`.
+        directory: Holds the graph or graphs, their data, and `genai_config.json`.
         threads: Threads per operator; None leaves the choice to ONNX Runtime.
 
     Raises:
@@ -34,37 +43,40 @@ class OnnxDecoder:
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
         try:
-            self._genai = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))[
-                "model"
-            ]
-            decoder = self._genai["decoder"]
+            model = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))["model"]
+            decoder = model["decoder"]
+            phased = "pipeline" in decoder
             self._layers = int(decoder["num_hidden_layers"])
             self._kv_heads = int(decoder["num_key_value_heads"])
             self._head_size = int(decoder["head_size"])
-            self.context_length = int(self._genai["context_length"])
-            self.vocab_size = int(self._genai["vocab_size"])
-            ends = self._genai["eos_token_id"]
+            self.context_length = int(model["context_length"])
+            self.vocab_size = int(model["vocab_size"])
+            ends = model["eos_token_id"]
             self.end_ids = frozenset(map(int, ends if isinstance(ends, list) else [ends]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{directory / GENAI_CONFIG_NAME}: not readable as a decoder's configuration "
                 f"({error!r}); export again"
             ) from error
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(
-                str(directory / GRAPH_NAME), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise ArtifactError(
-                f"{directory / GRAPH_NAME}: ONNX Runtime cannot load it: {error}"
-            ) from error
+        self._directory, self._threads = directory, threads
+        self._prompt = self._open(PROMPT_NAME if phased else GRAPH_NAME)
+        self._token = self._open(TOKEN_NAME) if phased else self._prompt
+        self._head: ort.InferenceSession | None = None
         self._cache: dict[str, ort.OrtValue] = {}
         self._capacity = self._batch = 0
         self._lengths = np.zeros(0, np.int64)
+
+    def _open(self, name: str) -> ort.InferenceSession:
+        """Load one graph of the directory."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        path = self._directory / name
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
 
     def __enter__(self) -> OnnxDecoder:
         return self
@@ -106,16 +118,20 @@ class OnnxDecoder:
             self._capacity, self._batch = capacity, batch
         self._lengths = np.zeros(batch, np.int64)
 
-    def append(self, ids: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
+    def append(
+        self, ids: np.ndarray, lengths: np.ndarray | None = None, *, last_only: bool = False
+    ) -> np.ndarray:
         """Run the next tokens of each sequence.
 
         Args:
             ids: int64 [B, T], B as given to `start`.
             lengths: int64 [B], each from 1 to T, for prompts that are padded on the right: how many
                 tokens of each are real. What follows goes on after the last real one.
+            last_only: Return the logits after the last real token only, which is all that
+                generation needs, and quicker where the graph computes no others.
 
         Returns:
-            Logits, float32 [B, T, vocab_size].
+            Logits, float32 [B, T, vocab_size], or [B, 1, vocab_size] with `last_only`.
 
         Raises:
             ConfigError: The cache has no room for them, or several sequences would go on by more
@@ -134,18 +150,36 @@ class OnnxDecoder:
             raise ConfigError(
                 f"{batch} sequences can go on by one token at a time, asked for {count}"
             )
-        self._lengths = self._lengths + (count if lengths is None else lengths)
+        added = np.full(batch, count, np.int64) if lengths is None else lengths
+        self._lengths = self._lengths + added
         mask = np.arange(held + count) < self._lengths[:, None]
-        binding = self._session.io_binding()
+        if count == 1:
+            return self._run(self._token, ids, mask, "logits")
+        if self._token is self._prompt:
+            logits = self._run(self._prompt, ids, mask, "logits")
+            return logits[np.arange(batch), added - 1][:, None] if last_only else logits
+        if last_only:
+            return self._run(self._prompt, ids, mask, "logits")
+        hidden = self._run(self._prompt, ids, mask, HIDDEN_NAME)
+        if self._head is None:
+            self._head = self._open(HEAD_NAME)
+        found: np.ndarray = self._head.run(["logits"], {HIDDEN_NAME: hidden})[0]
+        return found
+
+    def _run(
+        self, session: ort.InferenceSession, ids: np.ndarray, mask: np.ndarray, output: str
+    ) -> np.ndarray:
+        """Run a graph over the cache, which `append` has already counted the tokens to."""
+        binding = session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
         binding.bind_cpu_input("attention_mask", mask.astype(np.int64))
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             binding.bind_ortvalue_output(f"present.{name}", buffer)
-        binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
-        logits: np.ndarray = binding.get_outputs()[-1].numpy()
-        return logits
+        binding.bind_output(output, "cpu")
+        session.run_with_iobinding(binding)
+        result: np.ndarray = binding.get_outputs()[-1].numpy()
+        return result
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Run one sequence from the start.

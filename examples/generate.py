@@ -15,7 +15,14 @@ directory, question = Path(sys.argv[1]), sys.argv[2]
 config = json.loads((directory / "genai_config.json").read_text())["model"]
 decoder, room = config["decoder"], min(512, config["context_length"])
 tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-session = ort.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
+# One graph, or one for prompts and one for single tokens; both go on with the same cache.
+files = {
+    name: phase["filename"] for part in decoder.get("pipeline", []) for name, phase in part.items()
+}
+sessions = {
+    file: ort.InferenceSession(str(directory / file), providers=["CPUExecutionProvider"])
+    for file in set(files.values()) or {decoder["filename"]}
+}
 
 # The chat format of SmolLM2; a model's own stands in chat_template.jinja.
 prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -29,6 +36,8 @@ cache = {
 ends, step, length = np.atleast_1d(config["eos_token_id"]), np.array([ids]), 0
 while length + step.shape[1] < room:
     length += step.shape[1]
+    phase = "token" if step.shape[1] == 1 else "prompt"
+    session = sessions[files.get(phase) or decoder["filename"]]
     binding = session.io_binding()
     binding.bind_cpu_input("input_ids", step)
     binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))

@@ -23,6 +23,7 @@ from deploy.finetune import Method
 from deploy.finetune_tasks import TrainingTask
 from deploy.merge import Destination, FloatType
 from deploy.presets import PRESETS, Preset
+from deploy.kernels import Kernel
 from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
 from reslora.merge import MergeMethod
@@ -474,11 +475,11 @@ def test_an_output_that_exists_is_refused_and_the_very_result_is_kept(
     assert "exists already" in result.err
     assert (tmp_path / "kept" / "thesis.txt").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    written = (base / "onnx" / "model.onnx").stat().st_mtime_ns
+    written = (base / "onnx" / "token.onnx").stat().st_mtime_ns
     again = terminal(*command, base / "onnx", "--json")
     assert again.code == 0
     assert json.loads(again.out)["output"] == str(base / "onnx")
-    assert (base / "onnx" / "model.onnx").stat().st_mtime_ns == written
+    assert (base / "onnx" / "token.onnx").stat().st_mtime_ns == written
 
 
 def test_a_failed_parity_check_ends_with_six_and_nothing_on_disk(
@@ -611,6 +612,7 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.WeightsName, WeightMethod),
         (cli.FormatName, ExportFormat),
         (cli.TargetName, Target),
+        (cli.KernelName, Kernel),
     ],
 )
 def test_the_choices_offered_are_those_that_the_stages_know(offered: Any, known: Any) -> None:

@@ -61,6 +61,7 @@ def build_peer(work: Path, precision: str) -> Path:
             export,
         ]
         command += ["-p", precision, "-e", "cpu", "-c", work / "cache"]
+        command += ["--extra_options", "prune_lm_head=true"]
         log = work / f"genai-{precision}.log"
         with log.open("w", encoding="utf-8") as stream:
             parts = [str(part) for part in command]

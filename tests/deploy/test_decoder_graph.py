@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from deploy.attention_inputs import rotary_tables
 from deploy.checkpoint import Checkpoint
-from deploy.decoder_graph import DecoderGraph, rotary_tables
+from deploy.decoder_graph import DecoderGraph
 from deploy.errors import UnsupportedModelError
 from deploy.parity import relative_error
 from deploy.session import GRAPH_NAME, OnnxDecoder

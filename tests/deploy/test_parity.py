@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ import deploy.export
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
+from deploy.kernels import GraphForm
 from deploy.parity import check_exact_weights, check_parity, graph_name, relative_error
 from deploy.session import GRAPH_NAME
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
@@ -197,11 +199,13 @@ def test_a_faulty_graph_ends_the_export_with_nothing_on_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def check_with_fault(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> object:
+    def check_with_fault(
+        checkpoint: Checkpoint, directory: Path, ids: np.ndarray, forms: Sequence[GraphForm]
+    ) -> object:
         graph = onnx.load(directory / GRAPH_NAME, load_external_data=False)
         fault(graph)
         (directory / GRAPH_NAME).write_bytes(graph.SerializeToString())
-        return check_parity(checkpoint, directory, ids)
+        return check_parity(checkpoint, directory, ids, forms)
 
     monkeypatch.setattr(deploy.export, "check_parity", check_with_fault)
     source = float_checkpoint if scheme == "FP32" else checkpoints[scheme]
@@ -217,8 +221,8 @@ def test_a_number_changed_while_it_is_exported_ends_the_export_with_nothing_on_d
     key = f"model.layers.0.mlp.up_proj.{tensor}"
     other = edit_stored(checkpoints["W8A8"], tmp_path / "copy", key, add_one_step)
 
-    def other_graph(_checkpoint: Checkpoint) -> DecoderGraph:
-        return DecoderGraph(Checkpoint(other, verify=False))
+    def other_graph(_checkpoint: Checkpoint, *rest: Any) -> DecoderGraph:
+        return DecoderGraph(Checkpoint(other, verify=False), *rest)
 
     monkeypatch.setattr(deploy.export, "DecoderGraph", other_graph)
     with pytest.raises(ParityError, match="not the checkpoint's"):

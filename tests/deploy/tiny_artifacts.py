@@ -9,6 +9,7 @@ from typing import Any
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
 from deploy.export import ExportReport, Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
+from deploy.kernels import Kernel
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
@@ -55,9 +56,9 @@ def make_checkpoint(
     return output
 
 
-def make_export(checkpoint: Path, output: Path) -> ExportReport:
+def make_export(checkpoint: Path, output: Path, kernel: Kernel = Kernel.INTEGER) -> ExportReport:
     """Run export."""
-    return export_onnx(checkpoint, output, Target.CPU)
+    return export_onnx(checkpoint, output, Target.CPU, kernel)
 
 
 ROWS = [

@@ -1,0 +1,108 @@
+"""What every attention layer of a graph shares: lengths, and the table of the rotary embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from deploy.graph_builder import GraphBuilder
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Values that every attention layer shares."""
+
+    last_position: ir.Value
+    """int64 [B]: index of the last valid position of each sequence, counted from its start."""
+    total: ir.Value
+    """int64 scalar: length of the longest sequence, past and present."""
+    seqlens_k: ir.Value
+    """`last_position` as int32."""
+    total_length: ir.Value
+    """`total` as int32."""
+    cos: ir.Value
+    sin: ir.Value
+
+
+def attention_inputs(
+    graph: GraphBuilder, mask: ir.Value, config: PretrainedConfig, head_dim: int
+) -> AttentionInputs:
+    """Derive lengths from the attention mask, and tabulate the rotary embedding.
+
+    Args:
+        graph: Receives the nodes.
+        mask: int64 [B, past + S].
+        config: Of the model.
+        head_dim: Size of a head.
+    """
+    lengths = graph.value(
+        "ReduceSum",
+        [mask, graph.constant(np.array([1], np.int64))],
+        "mask/ReduceSum",
+        keepdims=0,
+    )
+    last = graph.value("Sub", [lengths, graph.constant(np.int64(1))], "mask/Sub")
+    seqlens_k = graph.value("Cast", [last], "mask/seqlens_k/Cast", to=ir.DataType.INT32)
+    shape = graph.value("Shape", [mask], "mask/Shape")
+    total = graph.value("Gather", [shape, graph.constant(np.int64(1))], "mask/Gather", axis=0)
+    total_length = graph.value("Cast", [total], "mask/total/Cast", to=ir.DataType.INT32)
+    cos, sin = rotary_tables(config, head_dim)
+    return AttentionInputs(
+        last,
+        total,
+        seqlens_k,
+        total_length,
+        graph.weight("cos_cache", ir.tensor(cos)),
+        graph.weight("sin_cache", ir.tensor(sin)),
+    )
+
+
+def last_hidden(
+    graph: GraphBuilder, hidden: ir.Value, input_ids: ir.Value, shared: AttentionInputs
+) -> ir.Value:
+    """Select the hidden state of each sequence's last token, before any padding on the right.
+
+    Args:
+        graph: Receives the nodes.
+        hidden: float32 [B, S, H].
+        input_ids: int64 [B, S].
+        shared: Of the same graph.
+
+    Returns:
+        float32 [B, 1, H].
+    """
+    shape = graph.value("Shape", [input_ids], "last/Shape")
+    length = graph.value("Gather", [shape, graph.constant(np.int64(1))], "last/Gather", axis=0)
+    past = graph.value("Sub", [shared.total, length], "last/past/Sub")
+    index = graph.value("Sub", [shared.last_position, past], "last/index/Sub")
+    axes = graph.constant(np.array([1, 2], np.int64))
+    index = graph.value("Unsqueeze", [index, axes], "last/Unsqueeze")
+    return graph.value("GatherND", [hidden, index], "last/GatherND", batch_dims=1)
+
+
+def rotary_tables(config: PretrainedConfig, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tabulate cos and sin of the rotary embedding for every position of the context.
+
+    Args:
+        config: With `rope_parameters` (default, linear, llama3, yarn ...) and
+            `max_position_embeddings`.
+        head_dim: Size of a head; all of it is rotated.
+
+    Returns:
+        Two float32 arrays [max_position_embeddings, head_dim / 2].
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        inverse_frequency, scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
+    else:
+        inverse_frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    positions = torch.arange(config.max_position_embeddings).float()
+    angles = positions[:, None] * inverse_frequency.float()[None, :]
+    return (angles.cos() * scaling).numpy(), (angles.sin() * scaling).numpy()
