@@ -86,9 +86,10 @@ def pack_blocks(
         integers = checkpoint.integers(linear).view(np.uint8) + np.uint8(layout.zero_point)
         packed[row : row + len(integers), : layout.columns] = integers
         row += len(integers)
-    if layout.bits == 4:
-        packed = packed[:, 0::2] | (packed[:, 1::2] << 4)
-    return packed.reshape(layout.shape)
+    if layout.bits == 8:
+        return packed.reshape(layout.shape)
+    nibbles: np.ndarray = packed[:, 0::2] | (packed[:, 1::2] << 4)
+    return nibbles.reshape(layout.shape)
 
 
 def unpack_blocks(stored: np.ndarray, layout: BlockedLayout) -> np.ndarray:

@@ -475,11 +475,11 @@ def test_an_output_that_exists_is_refused_and_the_very_result_is_kept(
     assert "exists already" in result.err
     assert (tmp_path / "kept" / "thesis.txt").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    written = (base / "onnx" / "token.onnx").stat().st_mtime_ns
+    written = (base / "onnx" / "model.onnx").stat().st_mtime_ns
     again = terminal(*command, base / "onnx", "--json")
     assert again.code == 0
     assert json.loads(again.out)["output"] == str(base / "onnx")
-    assert (base / "onnx" / "token.onnx").stat().st_mtime_ns == written
+    assert (base / "onnx" / "model.onnx").stat().st_mtime_ns == written
 
 
 def test_a_failed_parity_check_ends_with_six_and_nothing_on_disk(

@@ -1,11 +1,11 @@
-"""Speed of our W8A8 export against ONNX Runtime GenAI's own exports of the same model.
+"""Speed of our W8A8 and W4A8 exports against ONNX Runtime GenAI's own exports of the same model.
 
     python benchmarks/cpu/against_genai.py
 
 The peers (int4 and int8) are built by the model builder that comes with onnxruntime-genai. All run
 in this process, in the same ONNX Runtime, with the same loop (past and present share buffers),
 alternately: one prompt and its continuation on each, then the next round. All compute the logits of
-every prompt position. Figures are medians over the rounds; a ratio is the median of the ratios
+the prompt's last token only (the builder's `prune_lm_head`). Figures are medians over the rounds; a ratio is the median of the ratios
 within a round.
 """
 
@@ -85,9 +85,9 @@ def measure(directories: dict[str, Path], settings: BenchSettings) -> dict[str, 
 
 
 def summarize(
-    runs: dict[str, list[BenchRun]], settings: BenchSettings, ours: str
+    runs: dict[str, list[BenchRun]], settings: BenchSettings, ours: list[str]
 ) -> dict[str, Any]:
-    """Return medians, spreads and the ratios of ours to each peer."""
+    """Return medians, spreads and the ratios of each of ours to each model."""
     rates = {
         name: {
             "prefill": [settings.prompt_tokens / run.prefill_s for run in series],
@@ -101,14 +101,22 @@ def summarize(
                 "median_tokens_per_s": statistics.median(values),
                 "least_tokens_per_s": min(values),
                 "greatest_tokens_per_s": max(values),
-                f"{ours}_over_this": statistics.median(
-                    mine / theirs for mine, theirs in zip(rates[ours][phase], values, strict=True)
-                ),
+                **{
+                    f"{mine}_over_this": statistics.median(
+                        a / b for a, b in zip(rates[mine][phase], values, strict=True)
+                    )
+                    for mine in ours
+                },
             }
             for phase, values in phases.items()
         }
         for name, phases in rates.items()
     }
+
+
+def graph_bytes(directory: Path) -> int:
+    """Return the size of the graphs and their weights."""
+    return sum(path.stat().st_size for path in directory.glob("*.onnx*"))
 
 
 def machine() -> dict[str, Any]:
@@ -138,7 +146,7 @@ def main() -> None:
         "--work", type=Path, default=Path("artifacts/bench"), help="keeps the models"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/cpu/against_genai.json"))
-    parser.add_argument("--scheme", default="W8A8")
+    parser.add_argument("--schemes", default="W8A8,W4A8")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -146,8 +154,9 @@ def main() -> None:
     settings = BenchSettings(
         prompt_tokens=512, new_tokens=128, runs=arguments.rounds, threads=arguments.threads
     )
-    ours = arguments.scheme.lower()
-    directories = {ours: build_ours(arguments.work, arguments.scheme)}
+    schemes = arguments.schemes.split(",")
+    ours = [scheme.lower() for scheme in schemes]
+    directories = {scheme.lower(): build_ours(arguments.work, scheme) for scheme in schemes}
     for precision in ("int4", "int8"):
         directories[f"genai_{precision}"] = build_peer(arguments.work, precision)
     result = {
@@ -156,6 +165,7 @@ def main() -> None:
         "new_tokens": settings.new_tokens,
         "threads": settings.threads,
         "rounds": settings.runs,
+        "file_bytes": {name: graph_bytes(path) for name, path in directories.items()},
         "models": summarize(measure(directories, settings), settings, ours),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

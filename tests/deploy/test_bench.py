@@ -20,7 +20,7 @@ class FakeDecoder:
     def start(self, capacity: int) -> None:
         self.capacity = capacity
 
-    def append(self, ids: np.ndarray) -> None:
+    def append(self, ids: np.ndarray, *, last_only: bool = False) -> None:
         self.calls.append(ids)
 
 
