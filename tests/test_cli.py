@@ -90,7 +90,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(base / "rows.jsonl")
     make_adapter(model, base / "adapter", "rolora")
     make_checkpoint(model, base / "checkpoint", "FP32")
-    make_export(base / "checkpoint", base / "onnx")
+    make_export(base / "checkpoint", base / "onnx", Kernel.AUTO)
     return base
 
 

@@ -5,8 +5,8 @@
 The peers (int4 and int8) are built by the model builder that comes with onnxruntime-genai. All run
 in this process, in the same ONNX Runtime, with the same loop (past and present share buffers),
 alternately: one prompt and its continuation on each, then the next round. All compute the logits of
-the prompt's last token only (the builder's `prune_lm_head`). Figures are medians over the rounds; a ratio is the median of the ratios
-within a round.
+the prompt's last token only (the builder's `prune_lm_head`). Figures are medians over the rounds; a
+ratio is the median of the ratios within a round.
 """
 
 from __future__ import annotations
