@@ -21,9 +21,9 @@ import cli
 from deploy.export import ExportFormat, Target
 from deploy.finetune import Method
 from deploy.finetune_tasks import TrainingTask
+from deploy.kernels import Kernel
 from deploy.merge import Destination, FloatType
 from deploy.presets import PRESETS, Preset
-from deploy.kernels import Kernel
 from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
 from reslora.merge import MergeMethod
