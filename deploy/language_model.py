@@ -173,8 +173,8 @@ class OnnxLanguageModel:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         self.decoder.start(int(lengths.max()) + max_new_tokens, len(prompts))
-        logits = self.decoder.append(ids, lengths)
-        following = logits[np.arange(len(prompts)), lengths - 1].argmax(axis=-1)
+        logits = self.decoder.append(ids, lengths, last_only=True)
+        following = logits[:, 0].argmax(axis=-1)
         answers = [following]
         ended = np.isin(following, list(end_ids))
         while len(answers) < max_new_tokens and not ended.all():
