@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from deploy.adapter_artifact import StoredAdapter, open_adapter
 from deploy.encoder_loading import LoadedClassifier, load_classifier
 from deploy.errors import ArtifactError, ConfigError
-from deploy.finetune_tasks import TrainingTask
 from reslora.adapter import restore_adapter
 from reslora.attach import attach_adapters
 from reslora.classification import collate_labelled, encode_labelled, pad_id_of
@@ -67,6 +66,11 @@ def open_classifier(model: str, adapter: Path | None = None) -> OpenedClassifier
     return _opened(opened, attached.eval())
 
 
+def is_classifier(stored: StoredAdapter) -> bool:
+    """Return whether an adapter was trained for classification; it knows its labels then."""
+    return isinstance(stored.manifest.details.get("labels"), list)
+
+
 def load_with_adapter(model: str, adapter: Path) -> tuple[LoadedClassifier, StoredAdapter]:
     """Load an encoder with the labels of its adapter, and read the adapter; neither is attached.
 
@@ -74,14 +78,12 @@ def load_with_adapter(model: str, adapter: Path) -> tuple[LoadedClassifier, Stor
         ConfigError, StageOrderError, ArtifactError, UnsupportedModelError: As `open_classifier`.
     """
     stored = open_adapter(adapter)
-    labels = stored.manifest.details.get("labels")
-    if stored.manifest.config.get("task") != TrainingTask.CLASSIFICATION or not isinstance(
-        labels, list
-    ):
+    if not is_classifier(stored):
         raise ConfigError(
             f"{adapter}: was not trained for classification; make an adapter with rolora finetune "
             "--task classification"
         )
+    labels: Any = stored.manifest.details["labels"]
     opened = load_classifier(model, LabelScheme(tuple(map(str, labels))))
     stored.require_base(opened.loaded.digest, model)
     return opened, stored

@@ -5,8 +5,8 @@
 
 Either is in the model's own basis and needs nothing of this package. A merge makes of every layer
 two factors (`reslora.merged_factors`); those of a rotated adapter are taken back through rotation
-and norm gains (`deploy.adapter_basis`), so the files of the base model fit again. What must be
-observed for an approximate merge is observed in the basis that the adapter was trained in.
+and norm gains (`deploy.adapter_basis`), so the files of the base model fit again. What decoders and
+classifiers need apart is `deploy.merge_sources`.
 
 A shortcut that is not merged has no place in either format. Unmerged, an adapter runs attached:
 `reslora.attach.attach_adapters` and `reslora.adapter.restore_adapter`.
@@ -23,11 +23,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from deploy.adapter_artifact import StoredAdapter, open_adapter
-from deploy.adapter_basis import to_original_basis
-from deploy.architecture import decoder_names
 from deploy.artifact import (
     ArtifactKind,
     Manifest,
@@ -36,16 +33,14 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.calibration_text import calibration_for
+from deploy.classify import is_classifier
 from deploy.errors import ArtifactError, ConfigError
-from deploy.loading import LoadedModel, load_model, save_tokenizer
-from deploy.memory import release_free_memory
-from deploy.rotate import rotate_model
-from deploy.shortcut_merge import AUTO, ChosenMerge, choose_merge, is_exact, model_wide_figures
+from deploy.merge_sources import ClassifierSource, DecoderSource, MergeSource
+from deploy.shortcut_merge import AUTO, model_wide_figures
 from deploy.staging import require_free_space
 from reslora.adapter import Adapter
 from reslora.merge import MergeMethod, merge_adapter
-from reslora.peft_export import Recompressed, recompress, to_peft_adapter, write_peft_adapter
+from reslora.peft_export import Recompressed, recompress, write_peft_adapter
 
 
 class Destination(StrEnum):
@@ -161,11 +156,11 @@ def merge(
         UnsupportedModelError: The model is of another family.
     """
     progress(f"loading {settings.model}")
-    loaded = load_model(settings.model)
     stored = None if settings.adapter is None else open_adapter(settings.adapter)
-    parents = {"model": loaded.digest}
+    source = _open_source(settings, stored)
+    parents = {"model": source.loaded.digest}
     if stored is not None:
-        stored.require_base(loaded.digest, settings.model)
+        stored.require_base(source.loaded.digest, settings.model)
         parents["adapter"] = stored.manifest_digest
     kind = KINDS[settings.to]
     if done := finished_artifact(output, kind, parents, settings.to_config()):
@@ -175,12 +170,13 @@ def merge(
         details: dict[str, Any] = {"to": str(settings.to), "merge": None}
         plain = None
         if stored is not None:
-            loaded, plain, details["merge"] = _merge(loaded, stored, settings, progress)
+            progress(f"merging {stored.directory}")
+            plain, details["merge"] = _merge(source, stored, settings)
         progress(f"writing the {settings.to}")
         if settings.to is Destination.MODEL:
-            _write_model(loaded, settings.dtype.torch_dtype, directory)
+            _write_model(source, settings.dtype.torch_dtype, directory)
         elif plain is not None:
-            details |= _write_adapter(plain, settings, directory)
+            details |= _write_adapter(plain, settings, directory) | dict(source.details)
         manifest = write_manifest(
             directory,
             Manifest(
@@ -194,86 +190,50 @@ def merge(
     return MergeStageReport(output, manifest)
 
 
-def merged_plain_adapter(
-    model: PreTrainedModel, stored: StoredAdapter, chosen: ChosenMerge
-) -> Adapter:
-    """Return a merge as a plain LoRA adapter, float64, in the model's own basis.
-
-    Args:
-        model: The base model as it came, not folded or rotated; read for its norm gains.
-        stored: The adapter.
-        chosen: From `choose_merge`, observed in the adapter's basis.
-
-    Invariant: merged into `model`, it computes what the merge in the adapter's basis computes.
-
-    Raises:
-        ValueError: The merge does not fit the adapter, or cannot be taken back to that basis.
-    """
-    plain = to_peft_adapter(stored.adapter, chosen.method, chosen.statistics, dtype=torch.float64)
-    if stored.rotation is None:
-        return plain
-    return to_original_basis(plain, stored.rotation, decoder_names(model.config), model)
+def _open_source(settings: MergeSettings, stored: StoredAdapter | None) -> MergeSource:
+    if stored is not None and is_classifier(stored):
+        return ClassifierSource(settings.model, stored.directory, settings.calibration)
+    return DecoderSource(
+        settings.model,
+        settings.calibration,
+        settings.calibration_windows,
+        settings.calibration_tokens,
+    )
 
 
 def _merge(
-    loaded: LoadedModel,
-    stored: StoredAdapter,
-    settings: MergeSettings,
-    progress: Callable[[str], None],
-) -> tuple[LoadedModel, Adapter, dict[str, Any]]:
-    """Return the model, merged if that is wanted, the merge as an adapter, and its report."""
-    names = decoder_names(loaded.model.config)
-    rotated = stored.rotation is not None and not is_exact(stored, settings.merge)
-    if rotated and stored.rotation is not None:
-        progress("rotating into the adapter's basis")
-        with torch.no_grad():
-            rotate_model(loaded, names, stored.rotation)
-    progress(f"merging {stored.directory}")
+    source: MergeSource, stored: StoredAdapter, settings: MergeSettings
+) -> tuple[Adapter, dict[str, Any]]:
+    """Return the merge as an adapter, and its report; a model that is wanted holds it then."""
     try:
-        chosen = choose_merge(
-            loaded.model,
-            names,
-            stored,
-            settings.merge,
-            lambda: calibration_for(
-                loaded,
-                settings.calibration,
-                windows=settings.calibration_windows,
-                tokens=settings.calibration_tokens,
-            ),
-        )
-        if rotated:  # the weights as they came are needed: loading again beats keeping a copy
-            digest = loaded.digest
-            del loaded
-            release_free_memory()
-            loaded = load_model(settings.model)
-            if loaded.digest != digest:
-                raise ValueError(f"{settings.model} changed while it was being merged")
-        plain = merged_plain_adapter(loaded.model, stored, chosen)
+        plain, chosen = source.plain_merge(stored, settings.merge)
         report: dict[str, Any] = {
             "method": str(chosen.method),
             "structure": stored.adapter.config.structure,
         } | chosen.figures
         if settings.to is Destination.MODEL:
-            merged = merge_adapter(loaded.model, plain, MergeMethod.EXACT).to_dict()
+            merged = merge_adapter(source.loaded.model, plain, MergeMethod.EXACT).to_dict()
             report["layers"] = [
                 {key: value for key, value in layer.items() if key != "blocks"}
                 for layer in merged["layers"]
             ]
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ArtifactError(f"{stored.directory}: cannot be merged: {error}") from error
-    return loaded, plain, report
+    return plain, report
 
 
-def _write_model(loaded: LoadedModel, dtype: torch.dtype, directory: Path) -> None:
-    model = loaded.model
+def _write_model(source: MergeSource, dtype: torch.dtype, directory: Path) -> None:
+    model = source.loaded.model
     nn.Module.to(model, dtype=dtype)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ArtifactError(f"{loaded.name}: {name} is not finite in {dtype}; use float32")
+            raise ArtifactError(
+                f"{source.loaded.name}: {name} is not finite in {dtype}; use float32"
+            )
     require_free_space(directory, sum(p.numel() * p.element_size() for p in model.parameters()))
-    model.save_pretrained(directory)
-    save_tokenizer(loaded, directory)
+    source.save(directory)
 
 
 def _write_adapter(plain: Adapter, settings: MergeSettings, directory: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from deploy.classify import evaluate_on_rows, open_classifier
 from deploy.encoder_loading import load_classifier
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.finetune import FinetuneSettings, Method, finetune
-from deploy.merge_classifier import merge_classifier
+from deploy.merge import Destination, MergeSettings, merge
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from tests.deploy.tiny_artifacts import finetune_settings, save_model, write_rows
@@ -38,6 +38,19 @@ def rows(tmp_path: Path) -> Path:
     return write_labelled(tmp_path / "rows.jsonl")
 
 
+def merge_classifier(
+    model: Path,
+    adapter: Path,
+    output: Path,
+    method: MergeMethod | None = MergeMethod.EXACT,
+    calibration: Path | None = None,
+    to: Destination = Destination.MODEL,
+) -> Any:
+    source = None if calibration is None else str(calibration)
+    settings = MergeSettings(str(model), adapter, to, method, calibration=source)
+    return merge(settings, output).to_dict()["merge"]
+
+
 @pytest.mark.parametrize("structure", [None, *Structure])
 def test_merging_keeps_what_was_trained(
     structure: Structure | None, model: Path, rows: Path, tmp_path: Path
@@ -46,7 +59,7 @@ def test_merging_keeps_what_was_trained(
     before = evaluate_on_rows(str(model), adapter, str(rows))["results"]
     assert before.keys() == {"accuracy", "mcc", "f1", "n", "loss"}
     assert before["n"] == len(ROWS)
-    report = merge_classifier(str(model), adapter, tmp_path / "merged", None)
+    report = merge_classifier(model, adapter, tmp_path / "merged", None)
     after = evaluate_on_rows(str(tmp_path / "merged"), None, str(rows))["results"]
     exact = structure in (None, Structure.BLOCK)
     assert ("kl_mean" in report) != exact
@@ -60,7 +73,7 @@ def test_the_merged_directory_needs_nothing_of_ours(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     adapter = make_classifier_adapter(model, tmp_path / "adapter", Structure.BLOCK)
-    merge_classifier(str(model), adapter, tmp_path / "merged")
+    merge_classifier(model, adapter, tmp_path / "merged")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     batch = tokenizer("good so so", return_tensors="pt")
@@ -71,7 +84,18 @@ def test_the_merged_directory_needs_nothing_of_ours(
         )
     assert plain.config.id2label == {0: "0", 1: "1"}
     with pytest.raises(ConfigError, match="exists already"):
-        merge_classifier(str(model), adapter, tmp_path / "merged")
+        merge_classifier(model, adapter, tmp_path / "merged", calibration=rows)
+
+
+def test_a_plain_adapter_keeps_head_and_labels(model: Path, rows: Path, tmp_path: Path) -> None:
+    adapter = make_classifier_adapter(model, tmp_path / "adapter", Structure.INPUT)
+    merge_classifier(model, adapter, tmp_path / "merged", None)
+    merge_classifier(model, adapter, tmp_path / "plain", None, to=Destination.ADAPTER)
+    merged = evaluate_on_rows(str(tmp_path / "merged"), None, str(rows))["results"]
+    plain = evaluate_on_rows(str(model), tmp_path / "plain", str(rows))["results"]
+    assert plain == pytest.approx(merged, rel=1e-5)
+    written = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert (written["task_type"], written["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
 
 
 def test_figures_are_those_of_the_definition(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -117,7 +141,7 @@ def test_a_regression_from_rows_to_merge(model: Path, tmp_path: Path) -> None:
     assert before["labels"] == []
     assert before["results"].keys() == {"pearson", "spearman", "n", "loss"}
     assert before["results"]["pearson"] > 0.5
-    merged = merge_classifier(str(model), tmp_path / "out", tmp_path / "merged", None)
+    merged = merge_classifier(model, tmp_path / "out", tmp_path / "merged", None)
     assert merged["top1_agreement"] is None
     after = evaluate_on_rows(str(tmp_path / "merged"), None, str(data))["results"]
     assert after["pearson"] == pytest.approx(before["results"]["pearson"], abs=0.05)
@@ -180,12 +204,10 @@ def test_calibration_rows_are_those_of_training_or_asked_for(
     adapter = make_classifier_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     with pytest.raises(ConfigError, match=r"adapter.jsonl is not there or has changed.*calibrat"):
-        merge_classifier(str(model), adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES)
+        merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES)
     with pytest.raises(ArtifactError, match="cannot merge structure input"):
-        merge_classifier(str(model), adapter, tmp_path / "merged", MergeMethod.EXACT)
+        merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.EXACT)
     assert not (tmp_path / "merged").exists()
-    report = merge_classifier(
-        str(model), adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES, str(rows)
-    )
+    report = merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES, rows)
     assert report["method"] == "least-squares"
     assert report["kl_mean"] < 0.1

@@ -7,6 +7,7 @@ import pytest
 
 from deploy.describe import describe_artifact
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
+from deploy.finetune import SUMMARY_FILE
 from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model
 
 
@@ -48,7 +49,7 @@ def test_each_kind_shows_what_a_person_looks_for(
     sizes = sum(
         path.stat().st_size
         for path in (base / name).iterdir()
-        if path.name != "rolora_manifest.json"
+        if path.name not in ("rolora_manifest.json", SUMMARY_FILE)
     )
     assert description.total_bytes == sizes
     assert json.loads(json.dumps(description.to_dict()))["manifest"]["kind"] == name

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_tasks_are_parsed_once_each_in_order() -> None:
 def test_the_command_line_names_every_task() -> None:
     said = (Path(cli.__file__).parent / "docs" / "commands.md").read_text()
     section = " ".join(said.split("## rolora evaluate")[1].split("## rolora export")[0].split())
-    words = section.replace("\u2502", " ").replace(".", " ").replace(",", " ").split()
+    words = re.sub("[\u2502.,;]", " ", section).split()
     assert [task for task in map(str, TASKS) if task not in words] == []
 
 

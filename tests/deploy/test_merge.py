@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deploy.merge
+import deploy.merge_sources
 from deploy.artifact import ArtifactKind, hash_file, read_manifest, verify_files
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ConfigError
@@ -158,7 +159,7 @@ def test_a_conversion_left_out_would_be_noticed(
     model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, adapters["rolora"], "model", tmp_path / "right")
-    monkeypatch.setattr(deploy.merge, "to_original_basis", lambda plain, *_: plain)
+    monkeypatch.setattr(deploy.merge_sources, "to_original_basis", lambda plain, *_: plain)
     run(model, adapters["rolora"], "model", tmp_path / "wrong")
     assert distance(plain_logits(tmp_path / "wrong"), plain_logits(tmp_path / "right")) > 1e-2
 
@@ -227,17 +228,15 @@ def test_what_overflows_in_float16_is_refused(
     stored = deploy.merge.open_adapter(adapters["lora"])
     for _, b in stored.adapter.factors.values():
         b.fill_(1e6)
-    big = load_model(str(model))
-    plain = deploy.merge.merged_plain_adapter(
-        big.model, stored, deploy.merge.ChosenMerge(MergeMethod.EXACT, None, {})
-    )
+    big = deploy.merge_sources.DecoderSource(str(model), None, 4, 64)
+    plain, _ = big.plain_merge(stored, MergeMethod.EXACT)
     settings = settings_for(model, adapters["lora"], to, None, dtype=FloatType.FLOAT16)
 
     def write() -> None:
         if to is Destination.ADAPTER:
             deploy.merge._write_adapter(plain, settings, tmp_path)
         else:
-            deploy.merge.merge_adapter(big.model, plain, MergeMethod.EXACT)
+            deploy.merge.merge_adapter(big.loaded.model, plain, MergeMethod.EXACT)
             deploy.merge._write_model(big, torch.float16, tmp_path)
 
     with pytest.raises(ArtifactError, match=r"not finite in torch.float16; use float32"):
