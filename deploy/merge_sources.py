@@ -60,6 +60,13 @@ class MergeSource(Protocol):
             ValueError: The merge does not fit the adapter, or cannot leave its basis.
         """
 
+    def calibration(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:
+        """Return forward-pass batches on which an adapter's shortcuts are observed.
+
+        Raises:
+            ConfigError: There is nothing usable.
+        """
+
     def save(self, directory: Path) -> None:
         """Write model and tokenizer as an ordinary Hugging Face directory."""
 
@@ -93,7 +100,9 @@ class DecoderSource:
         if rotated and stored.rotation is not None:
             with torch.no_grad():
                 rotate_model(self.loaded, names, stored.rotation)
-        chosen = choose_merge(self.loaded.model, names, stored, method, self._batches)
+        chosen = choose_merge(
+            self.loaded.model, names, stored, method, lambda: self.calibration(stored)
+        )
         if rotated:  # the weights as they came are needed: loading again beats keeping a copy
             self._load_again()
         return merged_plain_adapter(self.loaded.model, stored, chosen), chosen
@@ -103,7 +112,8 @@ class DecoderSource:
         self.loaded.model.save_pretrained(directory)
         save_tokenizer(self.loaded, directory)
 
-    def _batches(self) -> list[dict[str, Tensor]]:
+    def calibration(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:
+        """See `MergeSource`."""
         return calibration_for(
             self.loaded, self._calibration, windows=self._windows, tokens=self._tokens
         )
@@ -140,7 +150,7 @@ class ClassifierSource:
     ) -> tuple[Adapter, ChosenMerge]:
         """See `MergeSource`."""
         chosen = choose_merge(
-            self.loaded.model, None, stored, method, lambda: self._batches(stored)
+            self.loaded.model, None, stored, method, lambda: self.calibration(stored)
         )
         return merged_plain_adapter(self.loaded.model, stored, chosen), chosen
 
@@ -148,8 +158,8 @@ class ClassifierSource:
         """See `MergeSource`."""
         save_classifier(self.loaded, directory)
 
-    def _batches(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:
-        """Return batches without labels, in the order of the data set."""
+    def calibration(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:
+        """See `MergeSource`; without labels, in the order of the data set."""
         source = self._calibration or _training_data(stored)
         tokenizer = self.loaded.tokenizer
         try:

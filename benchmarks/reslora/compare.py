@@ -1,16 +1,18 @@
 """LoRA, its residual forms, and every merge of them, over seeds: train, measure, tabulate.
 
-    python benchmarks/reslora/compare.py train   --data train.jsonl.gz --seeds 0 1 2
-    python benchmarks/reslora/compare.py measure --data train.jsonl.gz --test test.jsonl.gz
+    python benchmarks/reslora/compare.py train   --task gsm8k --train TRAIN --seeds 0 1 2
+    python benchmarks/reslora/compare.py measure --task gsm8k --train TRAIN --test TEST
 
-All runs have the same steps, batches and learning-rate schedule. Each variant takes the peak rate
-that has the lowest loss on held-out training rows at the first seed, before any test row is read.
-`lora-r20` is the honest control of `block`: LoRA of the rank (m + 1) r that a block adapter has
-once it is merged.
+Task `gsm8k` is the demo decoder on question/answer rows, `sst2` the demo encoder on labelled rows.
+All runs of a task have the same steps, batches and learning-rate schedule. Each variant takes the
+peak rate that has the lowest loss on held-out training rows at the first seed, before any test row
+is read. `lora-r20` is the honest control of `block`: LoRA of the rank (m + 1) r that a block
+adapter has once it is merged.
 
-Figures: mean loss of a completion token (nats) on test rows, of the unmerged adapter and of every
-merge; mean KL of each merge to the unmerged model on calibration text it was not fitted to. A
-finished adapter in --work is not trained again, nor one in --output measured again.
+Figures on the test rows, of the unmerged adapter and of every merge: the mean loss of a completion
+token, or accuracy and loss of a classifier; and the mean KL of each merge to the unmerged model on
+calibration rows that it was not fitted to. A finished adapter in --work is not trained again, nor
+one in --output measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +37,22 @@ from torch import nn
 from deploy.adapter_artifact import open_adapter
 from deploy.architecture import decoder_names
 from deploy.artifact import hash_file, library_versions, read_manifest
-from deploy.calibration_text import calibration_batches
+from deploy.classify import evaluate_classifier, load_with_adapter
+from deploy.completion_loss import completion_loss
 from deploy.finetune import FinetuneSettings, Method, finetune
-from deploy.loading import LoadedModel, load_model
-from deploy.shortcut_merge import APPROXIMATIONS
-from reslora.adapter import Adapter, restore_adapter
+from deploy.finetune_tasks import TrainingTask
+from deploy.language_model import TorchLanguageModel
+from deploy.loading import DEMO_ENCODER, DEMO_MODEL
+from deploy.merge_sources import ClassifierSource, DecoderSource, MergeSource
+from deploy.shortcut_merge import APPROXIMATIONS, choose_merge
+from reslora.adapter import restore_adapter
 from reslora.attach import attach_adapters, detach_adapters
-from reslora.batches import collate_rows, encode_examples
 from reslora.config import AdapterConfig, Structure
+from reslora.labelled_rows import read_labelled_rows
 from reslora.merge import MergeMethod, merge_adapter
-from reslora.merge_divergence import merge_divergences
 from reslora.merged_factors import merges_exactly
 from reslora.rows import read_rows
 from reslora.settings import Precision, TrainSettings
-from reslora.shortcut_statistics import collect_statistics
 
 RANK, DEPTH, SCALING = 4, 4, 2.0
 VARIANTS: Mapping[str, AdapterConfig] = {
@@ -62,6 +67,86 @@ VARIANTS: Mapping[str, AdapterConfig] = {
 UNMERGED = "unmerged"
 
 
+class Task(ABC):
+    """What is learned, and how it is judged."""
+
+    name: str
+    model: str
+    training_task: TrainingTask
+    steps: int
+    batch_size: int
+    max_tokens: int
+    precision: Precision
+    test_rows: int | None
+    """First rows of the test file; None takes all."""
+    rates: tuple[float, ...]
+    """Peak learning rates that are tried at the first seed."""
+
+    @abstractmethod
+    def source(self, adapter: Path, model: str) -> MergeSource:
+        """Load the base model."""
+
+    @abstractmethod
+    def figures(self, source: MergeSource, model: nn.Module, adapter: Path) -> dict[str, Any]:
+        """Measure a model on the test rows; `loss` is among the figures."""
+
+
+class Arithmetic(Task):
+    """Worked answers to word problems."""
+
+    name, model, training_task = "gsm8k", DEMO_MODEL, TrainingTask.LANGUAGE
+    steps, batch_size, max_tokens, precision = 50, 8, 256, Precision.BFLOAT16
+    test_rows, rates = 96, (1e-3, 3e-3, 1e-2)
+
+    def __init__(self, test: Path | None) -> None:
+        """Read the test rows."""
+        self._examples = [] if test is None else read_rows(str(test))[: self.test_rows]
+
+    def source(self, adapter: Path, model: str) -> MergeSource:
+        """See `Task`."""
+        return DecoderSource(model, None, windows=16, tokens=256)
+
+    def figures(self, source: MergeSource, model: nn.Module, adapter: Path) -> dict[str, Any]:
+        """See `Task`."""
+        wrapped = TorchLanguageModel(self.name, model)  # type: ignore[arg-type]  # or PEFT's
+        found = completion_loss(wrapped, source.loaded.tokenizer, self._examples)
+        return {"loss": found["completion_nll"], "tokens": found["n_tokens"]}
+
+
+class Sentiment(Task):
+    """Positive or negative sentences."""
+
+    name, model, training_task = "sst2", DEMO_ENCODER, TrainingTask.CLASSIFICATION
+    steps, batch_size, max_tokens, precision = 300, 32, 64, Precision.FLOAT32
+    test_rows, rates = None, (1e-3, 3e-3, 1e-2)
+
+    def __init__(self, test: Path | None) -> None:
+        """Read the test rows."""
+        self._examples = [] if test is None else read_labelled_rows(str(test))
+
+    def source(self, adapter: Path, model: str) -> MergeSource:
+        """See `Task`."""
+        return ClassifierSource(model, adapter, None)
+
+    def figures(self, source: MergeSource, model: nn.Module, adapter: Path) -> dict[str, Any]:
+        """See `Task`."""
+        opened, _ = load_with_adapter(self.model, adapter)
+        return dict(
+            evaluate_classifier(
+                model,
+                source.loaded.tokenizer,
+                self._examples,
+                opened.labels,
+                max_tokens=opened.token_limit,
+            )
+        )
+
+
+TASKS: Mapping[str, type[Arithmetic] | type[Sentiment]] = {
+    task.name: task for task in (Arithmetic, Sentiment)
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training run."""
@@ -74,36 +159,40 @@ class Cell:
         """Return where its adapter lies."""
         return work / f"{self.variant}-{self.learning_rate:g}-seed-{self.seed}"
 
-    def settings(self, arguments: argparse.Namespace) -> FinetuneSettings:
+    def settings(self, task: Task, arguments: argparse.Namespace) -> FinetuneSettings:
         """Return the stage's settings."""
         config = VARIANTS[self.variant]
         training = TrainSettings(
-            max_steps=arguments.steps,
-            batch_size=8,
+            max_steps=arguments.steps or task.steps,
+            batch_size=task.batch_size,
             gradient_accumulation=1,
             learning_rate=self.learning_rate,
             warmup_ratio=0.1,
             weight_decay=0.0,
-            max_tokens=256,
-            precision=Precision.BFLOAT16,
+            max_tokens=task.max_tokens,
+            precision=task.precision,
             seed=self.seed,
             eval_every=0,
-            save_every=25,
+            save_every=100,
             validation_fraction=0.01,
         )
-        method = Method.LORA if config.structure is None else Method.RESLORA
         return FinetuneSettings(
-            arguments.model, str(arguments.data), method, config, targets="q,v", training=training
+            arguments.model or task.model,
+            str(arguments.train),
+            Method.LORA if config.structure is None else Method.RESLORA,
+            config,
+            task=task.training_task,
+            targets="q,v",
+            training=training,
         )
 
 
-def train_cell(cell: Cell, arguments: argparse.Namespace) -> float:
-    """Train it, if that is not done; returns the loss on held-out training rows."""
-    directory = cell.directory(arguments.work)
+def train_cell(cell: Cell, task: Task, arguments: argparse.Namespace) -> None:
+    """Train it, if that is not done."""
+    directory = cell.directory(arguments.work / task.name)
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.with_name(f"{directory.name}.training").is_dir()
-    finetune(cell.settings(arguments), directory, resume=unfinished)
-    return held_out_loss(directory)
+    finetune(cell.settings(task, arguments), directory, resume=unfinished)
 
 
 def held_out_loss(directory: Path) -> float:
@@ -112,143 +201,118 @@ def held_out_loss(directory: Path) -> float:
     return float(training["eval_loss"][-1][1])
 
 
-def best_rates(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the peak rate of each variant that did best at the first seed."""
-    found: dict[str, float] = {}
+def best_rate(variant: str, task: Task, arguments: argparse.Namespace) -> tuple[float, Any]:
+    """Return a variant's best peak rate at the first seed, and the held-out loss of each."""
+    work = arguments.work / task.name
+    losses = {
+        rate: held_out_loss(Cell(variant, rate, arguments.seeds[0]).directory(work))
+        for rate in task.rates
+        if Cell(variant, rate, arguments.seeds[0]).directory(work).is_dir()
+    }
+    return min(losses, key=lambda rate: losses[rate]), losses
+
+
+def train(task: Task, arguments: argparse.Namespace) -> None:
+    """Train every rate at the first seed, and the best one at the others."""
     for variant in arguments.variants:
-        cells = [Cell(variant, rate, arguments.seeds[0]) for rate in arguments.rates]
-        best = min(cells, key=lambda cell: train_cell(cell, arguments))
-        found[variant] = best.learning_rate
-    return found
+        for rate in task.rates:
+            train_cell(Cell(variant, rate, arguments.seeds[0]), task, arguments)
+        rate, losses = best_rate(variant, task, arguments)
+        sys.stdout.write(f"{variant}: {rate:g} of {losses}\n")
+        sys.stdout.flush()
+        for seed in arguments.seeds[1:]:
+            train_cell(Cell(variant, rate, seed), task, arguments)
 
 
-def completion_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Return the mean loss of a completion token, in nats."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            tokens = int((batch["labels"][:, 1:] >= 0).sum())
-            total += float(model(**batch).loss) * tokens
-            count += tokens
-    return total / count
-
-
-def test_batches(loaded: LoadedModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the first test rows, of like length side by side."""
-    examples = read_rows(str(arguments.test))[: arguments.test_rows]
-    rows = sorted(encode_examples(examples, loaded.tokenizer, 512), key=len)
-    pad_id = int(loaded.tokenizer.pad_token_id or 0)
-    return [
-        collate_rows([(row,) for row in rows[start : start + 8]], pad_id)
-        for start in range(0, len(rows), 8)
-    ]
-
-
-def measure_cell(
-    cell: Cell,
-    loaded: LoadedModel,
-    batches: Sequence[Mapping[str, Any]],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
+def measure_cell(directory: Path, task: Task, model: str) -> dict[str, Any]:
     """Return the figures of the unmerged adapter and of each merge."""
-    stored = open_adapter(cell.directory(arguments.work))
+    stored = open_adapter(directory)
     adapter = stored.adapter
-    attached = attach_adapters(loaded.model, adapter.config, list(adapter.factors))
-    try:
-        restore_adapter(attached, stored.directory)
-        found: dict[str, Any] = {UNMERGED: {"loss": completion_loss(attached, batches)}}
-        statistics_found = None
-        methods: tuple[MergeMethod, ...] = (MergeMethod.EXACT,)
-        if not merges_exactly(adapter):
-            methods = APPROXIMATIONS
-            windows = calibration_batches(
-                loaded.tokenizer, arguments.calibration, windows=16, tokens=256
-            )
-            statistics_found = collect_statistics(attached, windows[:12])
-            divergences = merge_divergences(
-                attached, adapter, methods, windows[12:], statistics_found
-            )
-            found |= {str(method): asdict(each) for method, each in divergences.items()}
-    finally:
-        detach_adapters(attached)
+    source = task.source(directory, model)
+    base = source.loaded.model
+    attached = attach_adapters(base, adapter.config, list(adapter.factors), head=adapter.head_name)
+    restore_adapter(attached, directory)
+    found: dict[str, Any] = {UNMERGED: task.figures(source, attached.eval(), directory)}
+    detach_adapters(attached)
+    methods: tuple[MergeMethod, ...] = (MergeMethod.EXACT,)
+    observed = None
+    if not merges_exactly(adapter):
+        methods = APPROXIMATIONS
+        names = None if adapter.head_name else decoder_names(base.config)
+        chosen = choose_merge(base, names, stored, None, lambda: source.calibration(stored))
+        observed = chosen.statistics
+        found |= chosen.figures["candidates"]
     for method in methods:
-        merged = merged_model(loaded.model, adapter, method, statistics_found)
-        loss = completion_loss(merged, batches)
-        found[str(method)] = found.get(str(method), {}) | {"loss": loss}
+        merged = copy.deepcopy(base)
+        merge_adapter(merged, adapter, method, observed)
+        found[str(method)] = found.get(str(method), {}) | task.figures(source, merged, directory)
     return found
 
 
-def merged_model(
-    model: nn.Module, adapter: Adapter, method: MergeMethod, statistics_found: Any
-) -> nn.Module:
-    """Return a copy of the model with the adapter merged."""
-    merged = copy.deepcopy(model)
-    merge_adapter(merged, adapter, method, statistics_found)
-    return merged
+def measure(task: Task, arguments: argparse.Namespace) -> None:
+    """Measure the cells of the best rates; write the JSON after each."""
+    everything: dict[str, Any] = {}
+    if arguments.output.is_file():
+        everything = json.loads(arguments.output.read_text(encoding="utf-8"))
+    written = everything.setdefault(task.name, {"held_out_losses": {}, "measured": {}})
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            rate, losses = best_rate(variant, task, arguments)
+            cell = Cell(variant, rate, seed)
+            key = f"{variant}/seed-{seed}"
+            if key in written["measured"]:
+                continue
+            directory = cell.directory(arguments.work / task.name)
+            settings = cell.settings(task, arguments)
+            written["held_out_losses"][variant] = losses
+            written["measured"][key] = {
+                "learning_rate": rate,
+                "held_out_loss": held_out_loss(directory),
+                "merges": measure_cell(directory, task, settings.model),
+            }
+            sys.stdout.write(f"{key}: {json.dumps(written['measured'][key])}\n")
+            sys.stdout.flush()
+            written["settings"] = asdict(settings) | {
+                "data": arguments.train.name,
+                "data_sha256": hash_file(arguments.train),
+                "test": arguments.test.name,
+                "test_sha256": hash_file(arguments.test),
+                "test_rows": task.test_rows,
+            }
+            written |= {"versions": library_versions(), "cores": os.cpu_count()}
+            arguments.output.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    Console(width=110).print(tabulate(written["measured"]))
 
 
-def tabulate(measured: Mapping[str, Mapping[str, Any]]) -> Table:
+def tabulate(measured: Mapping[str, Any]) -> Table:
     """Return mean and standard deviation over the seeds of every variant and merge."""
-    table = Table("adapter", "merge", "test loss", "± seeds", "KL to unmerged", "seeds")
-    losses: dict[tuple[str, str], list[float]] = {}
-    divergences: dict[tuple[str, str], list[float]] = {}
-    for key, figures in measured.items():
-        variant = key.partition("/")[0]
-        for merge, each in figures["merges"].items():
-            losses.setdefault((variant, merge), []).append(each["loss"])
-            if "kl_mean" in each:
-                divergences.setdefault((variant, merge), []).append(each["kl_mean"])
-    for (variant, merge), values in losses.items():
-        kl = divergences.get((variant, merge))
+    collected: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for key, cell in measured.items():
+        for merge, figures in cell["merges"].items():
+            row = collected.setdefault((key.partition("/")[0], merge), {})
+            for name in ("loss", "accuracy", "kl_mean"):
+                if name in figures:
+                    row.setdefault(name, []).append(figures[name])
+    table = Table("adapter", "merge", "loss", "accuracy", "KL to unmerged", "seeds")
+    for (variant, merge), row in collected.items():
         table.add_row(
             variant,
             merge,
-            f"{statistics.mean(values):.4f}",
-            f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
-            "" if kl is None else f"{statistics.mean(kl):.2e}",
-            str(len(values)),
+            *(
+                _spread(row.get(name), form)
+                for name, form in (("loss", ".4f"), ("accuracy", ".3f"))
+            ),
+            f"{statistics.mean(row['kl_mean']):.1e}" if "kl_mean" in row else "",
+            str(len(row["loss"])),
         )
     return table
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Measure every trained cell of the best rates; write the JSON after each."""
-    loaded = load_model(arguments.model)
-    decoder_names(loaded.model.config)
-    batches = test_batches(loaded, arguments)
-    rates = best_rates(arguments)
-    written: dict[str, Any] = {"measured": {}}
-    if arguments.output.is_file():
-        written = json.loads(arguments.output.read_text(encoding="utf-8"))
-    measured = written["measured"]
-    measured.setdefault("base", {"merges": {UNMERGED: {"loss": None}}})
-    if measured["base"]["merges"][UNMERGED]["loss"] is None:
-        measured["base"]["merges"][UNMERGED]["loss"] = completion_loss(loaded.model, batches)
-    for seed in arguments.seeds:
-        for variant in arguments.variants:
-            cell = Cell(variant, rates[variant], seed)
-            key = f"{variant}/seed-{seed}"
-            if key in measured:
-                continue
-            held_out = train_cell(cell, arguments)
-            measured[key] = {
-                "learning_rate": cell.learning_rate,
-                "held_out_loss": held_out,
-                "merges": measure_cell(cell, loaded, batches, arguments),
-            }
-            sys.stdout.write(f"{key}: {json.dumps(measured[key])}\n")
-            sys.stdout.flush()
-            written["settings"] = asdict(cell.settings(arguments)) | {
-                "data": arguments.data.name,
-                "data_sha256": hash_file(arguments.data),
-                "test": arguments.test.name,
-                "test_sha256": hash_file(arguments.test),
-                "test_rows": arguments.test_rows,
-                "rates": arguments.rates,
-            }
-            written |= {"versions": library_versions(), "cores": os.cpu_count()}
-            arguments.output.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    Console(width=110).print(tabulate(measured))
+def _spread(values: list[float] | None, form: str) -> str:
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
 
 
 def main() -> None:
@@ -257,13 +321,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("train", "measure"))
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, required=True, help="training rows")
+    parser.add_argument("--task", choices=list(TASKS), required=True)
+    parser.add_argument("--train", type=Path, required=True, help="training rows")
     parser.add_argument("--test", type=Path, help="test rows, for measuring")
-    parser.add_argument("--test-rows", type=int, default=96)
-    parser.add_argument("--calibration", help="text; default the sample of the package")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--model", help="instead of the demo model")
+    parser.add_argument("--steps", type=int, help="instead of the task's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=2)
@@ -271,15 +333,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/reslora/compare.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "train":
-        rates = best_rates(arguments)
-        for seed in arguments.seeds:
-            for variant, rate in rates.items():
-                train_cell(Cell(variant, rate, seed), arguments)
-        return
-    if arguments.test is None:
+    if arguments.what == "measure" and arguments.test is None:
         parser.error("measure needs --test")
-    measure(arguments)
+    task = TASKS[arguments.task](arguments.test)
+    (train if arguments.what == "train" else measure)(task, arguments)
 
 
 if __name__ == "__main__":
