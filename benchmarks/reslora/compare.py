@@ -117,8 +117,8 @@ class Sentiment(Task):
     """Positive or negative sentences."""
 
     name, model, training_task = "sst2", DEMO_ENCODER, TrainingTask.CLASSIFICATION
-    steps, batch_size, max_tokens, precision = 300, 32, 64, Precision.FLOAT32
-    test_rows, rates = None, (1e-3, 3e-3, 1e-2)
+    steps, batch_size, max_tokens, precision = 150, 32, 64, Precision.FLOAT32
+    test_rows, rates = None, (1e-3, 3e-3, 6e-3)
 
     def __init__(self, test: Path | None) -> None:
         """Read the test rows."""
