@@ -96,7 +96,7 @@ class Arithmetic(Task):
 
     name, model, training_task = "gsm8k", DEMO_MODEL, TrainingTask.LANGUAGE
     steps, batch_size, max_tokens, precision = 50, 8, 256, Precision.BFLOAT16
-    test_rows, rates = 48, (1e-3, 3e-3, 1e-2)
+    test_rows, rates = 32, (1e-3, 3e-3, 1e-2)
 
     def __init__(self, test: Path | None) -> None:
         """Read the test rows."""
