@@ -40,6 +40,7 @@ from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters
+from reslora.checkpoints import refuse_existing
 from reslora.config import AdapterConfig
 from reslora.settings import TrainSettings
 from reslora.train import train_adapter
@@ -48,6 +49,8 @@ from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationPlan
 
 SUMMARY_FILE = "training_summary.json"
+BASIS_FILE = "basis.json"
+"""Beside training checkpoints: the weights they were trained on."""
 
 
 class Method(StrEnum):
@@ -146,7 +149,7 @@ def finetune(
     parents = {"model": loaded.digest} | _data_digests(settings)
     if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
         progress(f"{output} is finished already")
-        return FinetuneReport(output, done, {})
+        return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
     targets = rows.targets(loaded.model.config, settings.targets)
     plan = _rotate(loaded, settings)
     checkpoints = output.with_name(f"{output.name}.training")
@@ -156,7 +159,7 @@ def finetune(
         )
         if plan is not None:
             install_online_rotations(model, plan, decoder_names(loaded.model.config))
-        _claim_checkpoints(checkpoints, loaded.digest, resume=resume)
+        _claim_checkpoints(checkpoints, _basis(loaded, settings), resume=resume)
         progress(f"training on {rows.count} examples")
         data = rows.data(loaded, settings.training)
         training = train_adapter(
@@ -191,21 +194,42 @@ def _process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _claim_checkpoints(directory: Path, model_digest: str, *, resume: bool) -> None:
-    """Note the model that training checkpoints belong to; refuse those of another one.
+def _basis(loaded: LoadedModel, settings: FinetuneSettings) -> dict[str, Any]:
+    """Return what tells the weights that an adapter is trained on from all others."""
+    rotated = settings.method is Method.ROLORA
+    return {
+        "model": loaded.digest,
+        "rotation_kind": settings.rotation_kind.value if rotated else None,
+        "rotation_seed": settings.rotation_seed if rotated else None,
+    }
+
+
+def _claim_checkpoints(directory: Path, basis: Mapping[str, Any], *, resume: bool) -> None:
+    """Note the weights that training checkpoints belong to; refuse those of others.
 
     Raises:
-        ConfigError: The checkpoints to resume from were made with another model.
+        ConfigError: The checkpoints to resume from were made with another model or rotation.
+        ValueError: A new run would lie over the checkpoints of another.
     """
-    marker = directory / "model.sha256"
-    if resume and marker.is_file() and marker.read_text(encoding="utf-8").strip() != model_digest:
-        raise ConfigError(
-            f"{directory}: its checkpoints were made with another model; give that model, "
-            "or remove the directory and start anew"
-        )
-    if _process_rank() == 0:
+    if not resume:
+        refuse_existing(directory)
+    marker = directory / BASIS_FILE
+    if resume and marker.is_file():
+        noted: Any = json.loads(marker.read_text(encoding="utf-8"))
+        differing = [
+            f"{key}: {noted.get(key)} then, {basis[key]} now"
+            for key in basis
+            if noted.get(key) != basis[key]
+        ]
+        if differing:
+            raise ConfigError(
+                f"{directory}: its checkpoints were made with other weights: "
+                f"{'; '.join(differing)}; give that model, method and rotation, or remove the "
+                "directory and start anew"
+            )
+    elif _process_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        marker.write_text(model_digest + "\n", encoding="utf-8")
+        marker.write_text(json.dumps(dict(basis), indent=2) + "\n", encoding="utf-8")
 
 
 def _data_digests(settings: FinetuneSettings) -> dict[str, str]:

@@ -136,6 +136,34 @@ def test_a_resumed_run_gives_the_same_artifact(
     assert resumed.manifest.digest == whole.manifest.digest
 
 
+def test_checkpoints_belong_to_one_model_and_one_rotation(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    settings = finetune_settings(model, data, "rolora")
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy.finetune, "save_adapter", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path / "out")
+    other = save_model(tmp_path / "other", rms_norm_eps=1e-3)
+    strangers = {
+        r"rotation_seed: 0 then, 1 now": replace(settings, rotation_seed=1),
+        r"rotation_kind: hadamard then, None now": replace(settings, method=Method.LORA),
+        r"model: \w+ then, \w+ now": replace(settings, model=str(other)),
+    }
+    for said, stranger in strangers.items():
+        # a new run is refused too, and takes nothing over for the one that is told to resume
+        with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+            finetune(stranger, tmp_path / "out")
+        with pytest.raises(ConfigError, match=f"made with other weights: {said}"):
+            finetune(stranger, tmp_path / "out", resume=True)
+    resumed = finetune(settings, tmp_path / "out", resume=True)
+    assert resumed is not None
+    assert resumed.to_dict()["training"]["resumed_from_step"] == 2
+
+
 def test_curves_are_written_for_tensorboard(model: Path, data: Path, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = finetune_settings(model, data, "lora")
