@@ -21,6 +21,7 @@ from reslora.train import train_adapter
 from reslora.train_report import OF_THIS_PROCESS, TrainReport
 from reslora.trainer import AdapterTrainer
 from reslora.training_data import language_data
+from tests.reslora import train_tiny
 from tests.reslora.tiny import build_llama, tiny_examples
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -44,34 +45,58 @@ def train(
     return train_adapter(attached, data, settings, directory, resume)
 
 
-def run_tiny(*arguments: str, processes: int = 1) -> int:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = str(Path(__file__).with_name("train_tiny.py"))
-    command = [sys.executable, "-W", "ignore", *launcher[: 4 * (processes > 1)], script, *arguments]
-    return subprocess.run(command, check=False, capture_output=True, timeout=180).returncode
+TRAIN_TINY = str(train_tiny.__file__)
 
 
-@pytest.mark.parametrize("structure", Structure)
-def test_killed_while_saving_then_resumed_equals_uninterrupted(
-    tmp_path: Path, structure: Structure
-) -> None:
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+def run_tiny(*options: str, text: str | None = None) -> str:
+    """Run Python with some options and return what it prints; pytest shows what it complains of."""
+    command = [sys.executable, "-W", "ignore", *options]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, timeout=180, text=True, input=text
+    )
+    return done.stdout
+
+
+def run_each(*runs: tuple[str, ...]) -> list[int]:
+    """Run `train_tiny.py` with each of some arguments and return the exit codes."""
+    codes: list[int] = json.loads(run_tiny(TRAIN_TINY, "--each", text=json.dumps(runs)))
+    return codes
+
+
+def test_killed_while_saving_then_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     # step 2 stays the best and the run stops at 6: best state and patience must survive the kill
     early = {"max_steps": 10, "learning_rate": 2e-2, "early_stopping": 2}
-    told = ("--structure", structure, "--contrary", "--settings", json.dumps(early))
-    assert run_tiny(whole, str(tmp_path / "a"), *told) == 0
-    assert run_tiny(killed, str(tmp_path / "b"), *told, "--die", "6") == -signal.SIGKILL
-    half_written = tmp_path / "b" / "checkpoint-6"
-    assert (half_written / "adapter_model.safetensors").is_file()
-    assert not (half_written / MARKER_FILE).exists()
-    assert run_tiny(killed, str(tmp_path / "b"), *told, "--resume") == 0
-    file = "adapter_model.safetensors"
-    assert Path(killed, file).read_bytes() == Path(whole, file).read_bytes()
-    reports = [json.loads(Path(name, "report.json").read_text()) for name in (whole, killed)]
-    assert reports[1]["resumed_from_step"] == 4
-    parted = [{k: v for k, v in report.items() if k not in OF_THIS_PROCESS} for report in reports]
-    assert parted[0] == parted[1]
-    assert [parted[0][key] for key in ("planned_steps", "steps", "kept_step")] == [10, 6, 2]
+    told = {
+        structure: ("--structure", structure, "--contrary", "--settings", json.dumps(early))
+        for structure in Structure
+    }
+
+    def places(name: str, structure: Structure) -> tuple[str, str]:
+        base = tmp_path / structure / name
+        return str(base / "adapter"), str(base / "checkpoints")
+
+    # one process for all that is killed or not; here, in another one, the killed are resumed
+    codes = run_each(
+        *((*places("whole", structure), *told[structure]) for structure in Structure),
+        *((*places("cut", structure), *told[structure], "--die", "6") for structure in Structure),
+    )
+    assert codes == [0] * len(Structure) + [-signal.SIGKILL] * len(Structure)
+    for structure in Structure:
+        half_written = Path(places("cut", structure)[1], "checkpoint-6")
+        assert (half_written / "adapter_model.safetensors").is_file()
+        assert not (half_written / MARKER_FILE).exists()
+        train_tiny.main([*places("cut", structure), *told[structure], "--resume"])
+        whole, resumed = (Path(places(name, structure)[0]) for name in ("whole", "cut"))
+        file = "adapter_model.safetensors"
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes(), structure
+        reports = [json.loads((run / "report.json").read_text()) for run in (whole, resumed)]
+        assert reports[1]["resumed_from_step"] == 4
+        parted = [
+            {key: value for key, value in report.items() if key not in OF_THIS_PROCESS}
+            for report in reports
+        ]
+        assert parted[0] == parted[1], structure
+        assert [parted[0][key] for key in ("planned_steps", "steps", "kept_step")] == [10, 6, 2]
 
 
 def test_training_lowers_the_loss_and_reports(
@@ -198,9 +223,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     told = ("--dropout", "0", "--structure", structure, "--settings")
     rate = {"learning_rate": 1e-2}
     twice = json.dumps({**rate, "batch_size": 6})
-    assert run_tiny(one, str(tmp_path / "a"), *told, twice) == 0
-    assert run_tiny(two, str(tmp_path / "b"), *told, json.dumps(rate), processes=2) == 0
-    assert run_tiny(small, str(tmp_path / "c"), *told, json.dumps(rate)) == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", TRAIN_TINY)
+    run_tiny(*launcher, two, str(tmp_path / "b"), *told, json.dumps(rate))
+    codes = run_each(
+        (one, str(tmp_path / "a"), *told, twice),
+        (small, str(tmp_path / "c"), *told, json.dumps(rate)),
+    )
+    assert codes == [0, 0]
     reports = [json.loads(Path(name, "report.json").read_text()) for name in (one, two)]
     assert reports[0]["tokens"] == reports[1]["tokens"]
     losses = [[loss for _, loss in report["loss"]] for report in reports]

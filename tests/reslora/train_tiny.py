@@ -3,12 +3,17 @@
 `--settings` holds training settings as JSON; with `--contrary` validation gets worse all the time.
 With `--die N` the process kills itself with SIGKILL while it saves the checkpoint of step N: the
 weights are written, the rest is not.
+
+`train_tiny.py --each` takes a JSON list of such argument lists from its input. The libraries are
+imported once and every run is a fork of a process that has trained nothing; the exit codes are
+printed, minus the signal's number for a run that was killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -28,7 +33,24 @@ from reslora.training_data import language_data
 from tests.reslora.tiny import build_llama, build_tokenizer, contrary_examples, tiny_examples
 
 
-def main() -> None:
+def run_each(runs: list[list[str]]) -> list[int]:
+    codes = []
+    for arguments in runs:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                main(arguments)
+                code = 0
+            except BaseException:
+                logging.exception("run failed: %s", arguments)
+            finally:
+                os._exit(code)  # nothing that the parent has open is closed or flushed twice
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return codes
+
+
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("checkpoints", type=Path)
@@ -38,12 +60,13 @@ def main() -> None:
     parser.add_argument("--contrary", action="store_true")
     parser.add_argument("--structure", type=Structure, default=Structure.BLOCK)
     parser.add_argument("--settings", type=json.loads, default={})
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parser.parse_args(arguments)
     model = build_llama(layers=2)
     names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
     config = AdapterConfig(rank=2, dropout=options.dropout, structure=options.structure)
     attached = attach_adapters(model, config, names)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     if options.die:
         save = trainer.save_adapter
 
@@ -63,10 +86,14 @@ def main() -> None:
         options.checkpoints,
         options.resume,
     )
+    torch.set_num_threads(threads)
     if int(os.environ.get("RANK", "0")) == 0:
         save_adapter(attached, attached_config(attached), options.output)
         (options.output / "report.json").write_text(json.dumps(report.to_dict()))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--each"]:
+        sys.stdout.write(json.dumps(run_each(json.load(sys.stdin))))
+    else:
+        main(sys.argv[1:])
