@@ -20,7 +20,6 @@ import deploy.merge_sources
 from deploy.artifact import ArtifactKind, hash_file, read_manifest, verify_files
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ConfigError
-from deploy.finetune import finetune
 from deploy.language_model import open_language_model
 from deploy.loading import load_model
 from deploy.merge import Destination, FloatType, MergeSettings, MergeStageReport, merge
@@ -31,6 +30,7 @@ from tests.deploy.tiny_artifacts import (
     make_adapter,
     make_checkpoint,
     save_model,
+    write_adapter,
     write_rows,
 )
 
@@ -54,8 +54,7 @@ def adapter_of(
 ) -> Path:
     settings = finetune_settings(model, write_rows(output.with_suffix(".jsonl")), method)
     config = replace(settings.adapter, structure=structure, **adapter)
-    finetune(replace(settings, adapter=config), output)
-    return output
+    return write_adapter(replace(settings, adapter=config), output)
 
 
 @pytest.fixture(scope="module")
