@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig
@@ -19,7 +20,7 @@ from deploy.encoder_loading import load_classifier
 from deploy.errors import ConfigError
 from deploy.loading import LoadedModel, load_model
 from reslora.classification import classification_data
-from reslora.labelled_rows import find_labels, read_labelled_rows
+from reslora.labelled_rows import find_labels, read_labelled_rows, require_same_kind
 from reslora.rows import read_rows
 from reslora.settings import TrainSettings
 from reslora.training_data import TrainingData, language_data
@@ -114,6 +115,8 @@ class _Labelled:
         self._seed = training.seed
         self._limit = 0
         self.labels = _usable(find_labels, self._examples)
+        if self._validation is not None:
+            _usable(partial(require_same_kind, training=self._examples), self._validation)
         self.count = len(self._examples)
 
     @property

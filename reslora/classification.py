@@ -98,6 +98,7 @@ def encode_labelled(
     Raises:
         ValueError: A label is of no class; the message names file and line.
     """
+    _warn_of_places(examples, labels)
     rows = []
     cut = 0
     for example in examples:
@@ -115,6 +116,18 @@ def encode_labelled(
     if cut:
         logger.info("%d of %d rows fill the %d tokens of a row", cut, len(rows), max_tokens)
     return rows
+
+
+def _warn_of_places(examples: Sequence[LabelledExample], labels: LabelScheme) -> None:
+    """Say which class an integer is taken for where classes are words: their order is a guess."""
+    by_place = [row for row in examples if not isinstance(row.label, str)]
+    by_place = [row for row in by_place if str(row.label) not in labels.names]
+    if by_place and not labels.is_regression:
+        logger.warning(
+            "%s: integer labels are taken as places in %s; write words if their order is another",
+            by_place[0].origin,
+            ", ".join(f"{place} {name}" for place, name in enumerate(labels.names[:10])),
+        )
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -159,6 +159,26 @@ def find_labels(examples: Sequence[LabelledExample]) -> LabelScheme:
     return LabelScheme(tuple(str(label) for label in sorted(map(int, classes))))
 
 
+def require_same_kind(
+    examples: Sequence[LabelledExample], training: Sequence[LabelledExample]
+) -> None:
+    """Check that validation labels are written as the training labels are.
+
+    Classes of words are put in alphabetical order, which integers need not count by: MNLI's 0 is
+    `entailment`, the second of its words.
+
+    Raises:
+        ValueError: One side has strings, the other numbers; the message names file and line.
+    """
+    are_words = isinstance(training[0].label, str)
+    for example in examples:
+        if isinstance(example.label, str) != are_words:
+            raise ValueError(
+                f"{example.origin}: label is {example.label!r}, but the training rows have labels "
+                f"like {training[0].label!r}; write both as strings or both as numbers"
+            )
+
+
 def _text(value: object, key: str, origin: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{origin}: {key} must be a string, got {type(value).__name__}")

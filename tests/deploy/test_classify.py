@@ -113,15 +113,22 @@ def test_figures_are_those_of_the_definition(model: Path, rows: Path, tmp_path: 
     assert results["accuracy"] == hits / len(ROWS)
 
 
-def test_words_and_numbers_as_labels(model: Path, tmp_path: Path) -> None:
+def test_words_and_numbers_as_labels(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     words = [row | {"label": ("neg", "pos")[row["label"]]} for row in ROWS]
     data = write_labelled(tmp_path / "words.jsonl", words)
     report = finetune(classifier_settings(model, data), tmp_path / "words")
     assert report is not None
     assert report.manifest.details["labels"] == ["neg", "pos"]
     results = evaluate_on_rows(str(model), tmp_path / "words", str(data))["results"]
+    assert "taken as places" not in caplog.text
     numbered = write_labelled(tmp_path / "numbered.jsonl")
     assert evaluate_on_rows(str(model), tmp_path / "words", str(numbered))["results"] == results
+    assert "numbered.jsonl:1: integer labels are taken as places in 0 neg, 1 pos" in caplog.text
+    validated = replace(classifier_settings(model, data), validation=str(numbered))
+    with pytest.raises(ConfigError, match=r"numbered.jsonl:1: label is \d, but .* like 'neg'"):
+        finetune(validated, tmp_path / "mixed")
     odd = write_labelled(tmp_path / "odd.jsonl", [{"sentence": "x", "label": "other"}])
     with pytest.raises(ConfigError, match=r"odd.jsonl:1: label is 'other', expected one of neg"):
         evaluate_on_rows(str(model), tmp_path / "words", str(odd))
