@@ -77,18 +77,14 @@ class Adapter:
         return {fqn: (b.shape[0], a.shape[1]) for fqn, (a, b) in self.factors.items()}
 
 
-def adapter_tensors(
-    peft_model: PeftModel, state_dict: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def adapter_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
     """Return the adapter's tensors under PEFT's file keys, on the CPU.
 
     Args:
         peft_model: A model made by `attach_adapters`.
-        state_dict: Its gathered state dict where parameters are sharded; read from the model if
-            None.
     """
     suffix = f".{ADAPTER_NAME}.weight"
-    named = list(peft_model.named_parameters() if state_dict is None else state_dict.items())
+    named = list(peft_model.named_parameters())
     blocks = {
         name.removesuffix(suffix) + ".weight": tensor.detach().to("cpu").contiguous()
         for name, tensor in named
@@ -97,20 +93,13 @@ def adapter_tensors(
     return blocks | trained_head_tensors(named, ADAPTER_NAME)
 
 
-def save_adapter(
-    peft_model: PeftModel,
-    config: AdapterConfig,
-    directory: Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
+def save_adapter(peft_model: PeftModel, config: AdapterConfig, directory: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`.
 
     Args:
         peft_model: A model made by `attach_adapters`.
         config: The configuration it was attached with.
         directory: Created if missing.
-        state_dict: See `adapter_tensors`.
 
     Raises:
         ValueError: The model was attached with another configuration, or a tensor is not finite;
@@ -121,7 +110,7 @@ def save_adapter(
         raise ValueError(
             f"cannot save adapter: model was attached with {held}, asked to save {config}"
         )
-    tensors = adapter_tensors(peft_model, state_dict)
+    tensors = adapter_tensors(peft_model)
     for key, tensor in tensors.items():
         _refuse_non_finite(
             tensor, key, "trained adapter", "lower the learning rate and train again"

@@ -190,8 +190,9 @@ def _tensorboard(directory: Path) -> TensorBoardCallback:
 def _refuse_sharding() -> None:
     """Refuse to train with sharded parameters.
 
-    A layer of structure `block` multiplies with the factors of earlier layers, which FSDP and
-    ZeRO-3 have scattered again by then: torch refuses to concatenate whole tensors and shards.
+    A layer of structure `block` reads the factors of other layers of its chain, outside of these
+    layers' own forward pass, for which FSDP and ZeRO-3 gather a layer's parameters. ZeRO-1 and
+    ZeRO-2 leave parameters whole, but train here untested, so DeepSpeed is refused altogether.
 
     Raises:
         ValueError: accelerate was told to use FSDP or DeepSpeed.
@@ -199,7 +200,7 @@ def _refuse_sharding() -> None:
     for plugin in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
             raise ValueError(
-                f"accelerate is set up for {plugin}, which shards parameters: a block shortcut "
+                f"accelerate is set up for {plugin}, which can shard parameters: a block shortcut "
                 "needs the whole factors of other layers, and adapters are saved and restored "
                 "whole; use `accelerate launch --multi_gpu`, where every process holds the model"
             )

@@ -74,10 +74,12 @@ class AdapterTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
+        # transformers gathers it from sharded parameters only, which train_adapter refuses
+        del state_dict
         if self.args.should_save:
             model = _attached(self.model)
             directory = Path(output_dir or str(self.args.output_dir))
-            save_adapter(model, attached_config(model), directory, state_dict=state_dict)
+            save_adapter(model, attached_config(model), directory)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -86,7 +88,7 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(str(self.args.output_dir))
-        checkpoint = directory / f"checkpoint-{self.state.global_step}"
+        checkpoint = directory / f"{PREFIX}{self.state.global_step}"
         if self.args.should_save:
             (checkpoint / MARKER_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
