@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deploy.errors import ConfigError
-from deploy.evaluate import cut_windows
 from deploy.loading import LoadedModel
 from deploy.text_data import read_text
+from deploy.text_quality import cut_windows
 
 
 def sample_text(name: str) -> str:

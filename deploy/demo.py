@@ -19,7 +19,6 @@ from deploy.artifact import read_manifest
 from deploy.bench import BenchSettings, bench_onnx
 from deploy.calibration_text import sample_path, sample_text
 from deploy.checkpoint_settings import CheckpointSettings, RotationChoice, choose_recipe
-from deploy.evaluate import Task, cut_windows, evaluate_model
 from deploy.export import Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.language_model import OpenedModel, open_language_model
@@ -27,6 +26,7 @@ from deploy.loading import DEMO_MODEL, load_model, save_tokenizer
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.run import Sampling, TextGenerator
 from deploy.staging import staged_directory
+from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings

@@ -18,11 +18,11 @@ from deploy.calibration_text import sample_text
 from deploy.choice_tasks import ChoiceTask, Question, read_questions
 from deploy.completion_loss import completion_loss
 from deploy.errors import ConfigError
-from deploy.evaluate import Task, Windows, cut_windows, evaluate_model
 from deploy.exact_match import MAX_NEW_TOKENS, NumberExample, exact_match, read_number_examples
 from deploy.language_model import OpenedModel, open_language_model
 from deploy.multiple_choice import multiple_choice, require_harness
 from deploy.text_data import read_text
+from deploy.text_quality import Task, Windows, cut_windows, evaluate_model
 from reslora.row_formats import Example
 from reslora.rows import read_rows
 

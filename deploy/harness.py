@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval publishes no ty
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Refuse: no task of ours asks for it."""
-        raise NotImplementedError("perplexity is measured by deploy.evaluate")
+        raise NotImplementedError("perplexity is measured by deploy.text_quality")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Refuse: no task of ours asks for it."""

@@ -11,11 +11,11 @@ import torch
 
 from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.calibration_text import sample_text
-from deploy.evaluate import Task, cut_windows, evaluate_model
 from deploy.language_model import open_language_model
 from deploy.loading import load_model
 from deploy.parity import relative_error
 from deploy.run import Sampling, TextGenerator
+from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.adapter import load_adapter
 from reslora.merge import MergeMethod, merge_adapter
 from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model

@@ -8,7 +8,6 @@ import pytest
 
 import cli
 from deploy.errors import ConfigError
-from deploy.evaluate import Task
 from deploy.evaluation import (
     TASKS,
     EvaluationSettings,
@@ -17,6 +16,7 @@ from deploy.evaluation import (
     result_lines,
     run_evaluation,
 )
+from deploy.text_quality import Task
 from tests.deploy.tiny_artifacts import make_adapter, save_model, write_rows
 
 

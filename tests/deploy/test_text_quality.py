@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deploy.errors import ConfigError
-from deploy.evaluate import (
+from deploy.text_quality import (
     Task,
     Windows,
     cut_windows,
