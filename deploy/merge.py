@@ -217,8 +217,6 @@ def _merge(
                 {key: value for key, value in layer.items() if key != "blocks"}
                 for layer in merged["layers"]
             ]
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ArtifactError(f"{stored.directory}: cannot be merged: {error}") from error
     return plain, report

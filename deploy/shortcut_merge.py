@@ -17,15 +17,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from deploy.adapter_artifact import StoredAdapter
-from reslora.adapter import restore_adapter
-from reslora.attach import attach_adapters, detach_adapters
+from deploy.errors import ConfigError
+from deploy.live_adapter import attach_stored
+from reslora.attach import detach_adapters
 from reslora.merge import MergeMethod, merge_adapter
 from reslora.merge_divergence import merge_divergences
 from reslora.merge_error import merge_errors
-from reslora.merged_factors import merges_exactly, needs_statistics
+from reslora.merged_factors import merges_exactly, needs_statistics, require_fit
 from reslora.shortcut_statistics import ShortcutStatistics, collect_statistics
 from rolora.decoder import DecoderNames
-from rolora.online import install_online_rotations
 
 AUTO = "auto"
 """What a user writes for the nearest method."""
@@ -66,7 +66,8 @@ def merge_stored_adapter(
         The merge report, with the figures of `ChosenMerge`.
 
     Raises:
-        ValueError: The method does not fit the adapter, or the adapter not the model.
+        ConfigError: See `choose_merge`.
+        ValueError: The adapter does not fit the model.
     """
     chosen = choose_merge(model, names, stored, method, calibration)
     report = merge_adapter(model, stored.adapter, chosen.method, chosen.statistics)
@@ -97,27 +98,28 @@ def choose_merge(
         calibration: Gives forward-pass batches; called where the merge is an approximation.
 
     Raises:
-        ValueError: The method does not fit the adapter, the adapter not the model, or there is too
-            little text.
+        ConfigError: The method does not fit the adapter, or there is too little text.
+        ValueError: The adapter does not fit the model.
     """
     adapter = stored.adapter
+    if method is not None:
+        try:
+            require_fit(adapter, method)
+        except ValueError as error:
+            raise ConfigError(f"{stored.directory}: {error}, or auto") from error
     if is_exact(stored, method):
         return ChosenMerge(MergeMethod.EXACT, None, {})
     methods = APPROXIMATIONS if method is None else (method,)
     statistics: ShortcutStatistics | None = None
     batches = calibration()
     if len(batches) < 2:
-        raise ValueError(
+        raise ConfigError(
             f"merge method {str(method or AUTO)!r} needs 2 windows of calibration text, got "
             f"{len(batches)}: give more text"
         )
     held_out = batches[-max(1, len(batches) // 4) :]
-    attached = attach_adapters(model, adapter.config, list(adapter.factors), head=adapter.head_name)
-    handles = []
+    attached, handles = attach_stored(model, names, stored)
     try:
-        restore_adapter(attached, stored.directory)
-        if stored.rotation is not None and names is not None:
-            handles = install_online_rotations(attached, stored.rotation, names)
         if any(needs_statistics(adapter, each) for each in methods):
             statistics = collect_statistics(
                 attached,

@@ -72,6 +72,26 @@ def merges_exactly(adapter: Adapter) -> bool:
     return adapter.config.structure in EXACT_STRUCTURES or adapter.config.reach == 0
 
 
+def require_fit(adapter: Adapter, method: MergeMethod) -> None:
+    """Refuse a method that is not for the adapter's structure.
+
+    Raises:
+        ValueError: `exact` where a shortcut can only be approximated, or the reverse.
+    """
+    structure = adapter.config.structure
+    exact = merges_exactly(adapter)
+    if method is MergeMethod.EXACT and not exact:
+        raise ValueError(
+            f"merge method {method.value!r} cannot merge structure {structure!s}: its shortcut is "
+            f"no function of the layer's own input; use {MergeMethod.LEAST_SQUARES.value!r}"
+        )
+    if exact and method not in (MergeMethod.EXACT, MergeMethod.DROP):
+        raise ValueError(
+            f"merge method {method.value!r} estimates a shortcut, but structure {structure!s} with "
+            f"depth {adapter.config.depth} merges exactly; use {MergeMethod.EXACT.value!r}"
+        )
+
+
 def needs_statistics(adapter: Adapter, method: MergeMethod) -> bool:
     """Return whether `merged_factors` must be given statistics."""
     return not merges_exactly(adapter) and method not in (MergeMethod.EXACT, MergeMethod.DROP)
@@ -95,18 +115,7 @@ def merged_factors(
         ValueError: The method does not fit the structure, or statistics are missing or of another
             adapter.
     """
-    structure = adapter.config.structure
-    exact = merges_exactly(adapter)
-    if method is MergeMethod.EXACT and not exact:
-        raise ValueError(
-            f"merge method {method.value!r} cannot merge structure {structure!s}: its shortcut is "
-            f"no function of the layer's own input; use {MergeMethod.LEAST_SQUARES.value!r}"
-        )
-    if exact and method not in (MergeMethod.EXACT, MergeMethod.DROP):
-        raise ValueError(
-            f"merge method {method.value!r} estimates a shortcut, but structure {structure!s} with "
-            f"depth {adapter.config.depth} merges exactly; use {MergeMethod.EXACT.value!r}"
-        )
+    require_fit(adapter, method)
     if not needs_statistics(adapter, method):
         return _factors_without_statistics(adapter, method)
     if statistics is None:

@@ -212,7 +212,7 @@ def test_calibration_rows_are_those_of_training_or_asked_for(
     (tmp_path / "adapter.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     with pytest.raises(ConfigError, match=r"adapter.jsonl is not there or has changed.*calibrat"):
         merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES)
-    with pytest.raises(ArtifactError, match="cannot merge structure input"):
+    with pytest.raises(ConfigError, match="cannot merge structure input"):
         merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.EXACT)
     assert not (tmp_path / "merged").exists()
     report = merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES, rows)

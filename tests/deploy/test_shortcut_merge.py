@@ -14,7 +14,7 @@ from deploy.architecture import decoder_names
 from deploy.artifact import verify_files
 from deploy.calibration_text import calibration_batches
 from deploy.checkpoint import Checkpoint
-from deploy.errors import ArtifactError
+from deploy.errors import ConfigError
 from deploy.finetune import Method, finetune
 from deploy.loading import load_model
 from deploy.rotate import rotate_model
@@ -159,9 +159,9 @@ def test_auto_is_exact_where_that_is_possible(model: Path, tmp_path: Path, metho
 
 
 def test_what_cannot_be_merged_says_what_to_do(model: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"'exact' cannot merge .* use 'least-squares'"):
+    with pytest.raises(ConfigError, match=r"'exact' cannot merge .* use 'least-squares', or auto"):
         make_checkpoint(model, tmp_path / "out", "FP32", adapter=adapter)
-    with pytest.raises(ArtifactError, match="needs 2 windows of calibration text, got 1"):
+    with pytest.raises(ConfigError, match="needs 2 windows of calibration text, got 1"):
         make_checkpoint(
             model, tmp_path / "out", "FP32", adapter=adapter, merge=MergeMethod.INPUT_NORM
         )
