@@ -30,7 +30,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deploy.architecture import decoder_names, family_of
-from deploy.artifact import TAKEN_BY, ArtifactKind, is_artifact, read_manifest
+from deploy.artifact import (
+    MANIFEST_NAME,
+    TAKEN_BY,
+    ArtifactKind,
+    is_artifact,
+    read_manifest,
+    verify_files,
+)
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.gguf_files import check_gguf, find_demo_file
 from deploy.weight_files import (
@@ -169,12 +176,16 @@ def refuse_quantized(directory: Path, raw_config: Mapping[str, Any]) -> None:
 def refuse_other_stages(directory: Path) -> None:
     """Refuse a directory that holds one of our artifacts or an adapter instead of a model.
 
+    A model that `rolora merge` wrote passes if its files are still those of its manifest.
+
     Raises:
         StageOrderError: it does.
+        ArtifactError: it is a merged model whose files are not what was written.
     """
     if is_artifact(directory):
         kind = read_manifest(directory).kind
         if kind is ArtifactKind.MODEL:
+            _verify_merged(directory)
             return
         raise StageOrderError(
             f"{directory}: expected a model, got an artifact of kind {kind}, which is for "
@@ -185,6 +196,16 @@ def refuse_other_stages(directory: Path) -> None:
             f"{directory}: expected a model, got an adapter; give it as --adapter together with "
             "the --model it was trained on"
         )
+
+
+def _verify_merged(directory: Path) -> None:
+    try:
+        verify_files(directory)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{error}. If it was changed on purpose, remove {MANIFEST_NAME}: then it is a model "
+            "like any other"
+        ) from error
 
 
 def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrainedModel:
@@ -282,7 +303,7 @@ def refuse_non_finite(where: str, model: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence what transformers logs and draws while it loads: every fault is raised instead."""
+    """Silence what transformers logs and draws on files: every fault is raised instead."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -25,7 +25,7 @@ from deploy.calibration_text import calibration_for
 from deploy.classify import BATCH_ROWS, load_with_adapter
 from deploy.encoder_loading import save_classifier
 from deploy.errors import ConfigError
-from deploy.loading import LoadedModel, load_model, save_tokenizer
+from deploy.loading import LoadedModel, load_model, quiet_transformers, save_tokenizer
 from deploy.memory import release_free_memory
 from deploy.rotate import rotate_model
 from deploy.shortcut_merge import ChosenMerge, choose_merge, is_exact
@@ -109,7 +109,8 @@ class DecoderSource:
 
     def save(self, directory: Path) -> None:
         """See `MergeSource`."""
-        self.loaded.model.save_pretrained(directory)
+        with quiet_transformers():
+            self.loaded.model.save_pretrained(directory)
         save_tokenizer(self.loaded, directory)
 
     def calibration(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:

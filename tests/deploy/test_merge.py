@@ -187,6 +187,26 @@ def test_the_model_is_an_ordinary_one(
     make_checkpoint(out, tmp_path / "checkpoint", "W8A8")
 
 
+def test_a_merged_model_that_was_damaged_is_not_loaded(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, None, "model", out)
+    weights = out / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one weight: a file that loads as well as before
+    weights.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model.safetensors: expected sha256 .* on purpose"):
+        load_model(str(out))
+    (out / "rolora_manifest.json").unlink()
+    assert load_model(str(out)).digest != load_model(str(model)).digest
+
+
+def test_writing_a_model_draws_nothing(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(model, None, "model", tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_plain_adapter_is_one_of_ours_too(
     model: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -308,7 +328,7 @@ def test_impossible_merges_are_refused(
         settings_for(model, None, "adapter", None, rank=0)
     with pytest.raises(ConfigError, match=r"--rank is for --to adapter"):
         settings_for(model, None, "model", None, rank=2)
-    with pytest.raises(ArtifactError, match=r"'exact' cannot merge .* use 'least-squares'"):
+    with pytest.raises(ConfigError, match=r"'exact' cannot merge .* use 'least-squares', or auto"):
         run(model, adapters["input"], "model", tmp_path / "out")
     other = save_model(tmp_path / "other", num_hidden_layers=2)
     with pytest.raises(ArtifactError, match="was trained on"):
