@@ -1,7 +1,11 @@
-"""What `rolora inspect` shows of an artifact: its manifest, sizes and operators."""
+"""What `rolora inspect` shows of an artifact: its manifest, sizes and operators.
+
+The stages show the rows of merging and training with the same words when they end.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +52,15 @@ class Description:
             rows.append(("rotation", f"{names} ({rotation['kind']}, seed {rotation['seed']})"))
         if linears := details.get("linears"):
             rows.append(("quantized linears", str(len(linears))))
-        if merge := details.get("merge"):
-            rows.append(("merge", str(merge["method"])))
+        rows += merge_rows(details.get("merge") or {})
+        if rank := details.get("rank"):
+            rows.append(("rank", str(rank)))
+        if lower := details.get("recompression"):
+            rows.append(("error of the lower rank", f"{lower['relative_error']:.3g}"))
         if training := details.get("training"):
-            rows.append(("steps", str(training["steps"])))
-            rows.append(("trainable parameters", f"{training['trainable_parameters']:,}"))
+            rows += training_rows(training)
+        if labels := details.get("labels"):
+            rows.append(("labels", ", ".join(labels)))
         for check, value in sorted(manifest.checks.items()):
             rows.append((f"check {check}", str(value)))
         if operators := details.get("operators"):
@@ -82,3 +90,43 @@ def describe_artifact(directory: Path, *, verify: bool) -> Description:
         ArtifactError: The manifest, or a verified file, is damaged.
     """
     return Description(directory, verify_files(directory) if verify else read_manifest(directory))
+
+
+def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return how an adapter was merged and how far that is from the unmerged model.
+
+    Args:
+        merge: The merge report of a manifest, or what `model_wide_figures` took from it; may be
+            empty.
+    """
+    if "kl_mean" not in merge:
+        return [("merge", str(merge["method"]))] if merge else []
+    kl, agreement = merge["kl_mean"], merge["top1_agreement"]
+    chosen = f"{merge['method']}, KL to unmerged {kl:.3g}"
+    if agreement is not None:
+        chosen += f", top-1 agreement {agreement:.1%}"
+    tried = [
+        f"{name} {found['kl_mean']:.3g}" for name, found in merge.get("candidates", {}).items()
+    ]
+    return [("merge", chosen)] + [("KL of each method", ", ".join(tried))] * bool(tried)
+
+
+def training_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a training run came to.
+
+    Args:
+        training: Fields of `reslora.train_report.TrainReport`.
+    """
+    metrics = training["eval_metrics"][-1][1] if training["eval_metrics"] else {}
+    return [
+        ("steps", str(training["steps"])),
+        ("first and last loss", _first_and_last(training["loss"])),
+        ("validation loss", _first_and_last(training["eval_loss"])),
+        ("kept state", f"step {training['kept_step']}"),
+        *((f"validation {name}", f"{value:.4f}") for name, value in metrics.items()),
+        ("trainable parameters", f"{training['trainable_parameters']:,}"),
+    ]
+
+
+def _first_and_last(points: Sequence[Sequence[float]]) -> str:
+    return f"{points[0][1]:.4f}, {points[-1][1]:.4f}" if points else "none"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.describe import describe_artifact
+from deploy.describe import describe_artifact, merge_rows, training_rows
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.finetune import SUMMARY_FILE
 from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model
@@ -53,6 +53,36 @@ def test_each_kind_shows_what_a_person_looks_for(
     )
     assert description.total_bytes == sizes
     assert json.loads(json.dumps(description.to_dict()))["manifest"]["kind"] == name
+
+
+def test_an_adapter_shows_how_training_went_and_a_merge_how_close_it_is(base: Path) -> None:
+    training = {
+        "steps": 9,
+        "kept_step": 6,
+        "trainable_parameters": 1234,
+        "loss": [[1, 2.0], [9, 1.0]],
+        "eval_loss": [],
+        "eval_metrics": [[3, {"f1": 0.1}], [9, {"f1": 0.25}]],
+    }
+    assert training_rows(training) == [
+        ("steps", "9"),
+        ("first and last loss", "2.0000, 1.0000"),
+        ("validation loss", "none"),
+        ("kept state", "step 6"),
+        ("validation f1", "0.2500"),
+        ("trainable parameters", "1,234"),
+    ]
+    shown = dict(describe_artifact(base / "adapter", verify=False).summary())
+    assert shown["kept state"] == "step 2"
+    assert shown["first and last loss"].count(".") == 2
+    approximated = {"method": "drop", "kl_mean": 0.5, "top1_agreement": 0.25}
+    assert merge_rows(approximated) == [
+        ("merge", "drop, KL to unmerged 0.5, top-1 agreement 25.0%")
+    ]
+    tried = merge_rows(approximated | {"candidates": {"drop": {"kl_mean": 0.5}}})
+    assert tried[1:] == [("KL of each method", "drop 0.5")]
+    assert merge_rows({"method": "exact"}) == [("merge", "exact")]
+    assert merge_rows({}) == []
 
 
 def test_an_export_shows_its_operators_and_its_parity(base: Path) -> None:
