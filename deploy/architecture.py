@@ -87,7 +87,8 @@ def family_of(model_type: str, where: str = "model") -> Family:
     if model_type in ENCODER_TYPES:
         raise UnsupportedModelError(
             f"{where}: model type {model_type!r} is an encoder, which learns to classify: add "
-            f"--task classification to rolora finetune; here {', '.join(FAMILIES)} are supported"
+            "--task classification to rolora finetune, --tasks classification to rolora evaluate; "
+            f"here {', '.join(FAMILIES)} are supported"
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(

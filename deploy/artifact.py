@@ -40,13 +40,13 @@ class ArtifactKind(StrEnum):
 
 
 MADE_BY = {
-    ArtifactKind.ADAPTER: "rolora finetune, or rolora merge --to adapter",
+    ArtifactKind.ADAPTER: "rolora finetune or rolora merge --to adapter",
     ArtifactKind.CHECKPOINT: "rolora merge-rotate-quantize",
     ArtifactKind.ONNX: "rolora export",
     ArtifactKind.MODEL: "rolora merge --to model",
 }
 TAKEN_BY = {
-    ArtifactKind.ADAPTER: "rolora merge or merge-rotate-quantize --adapter",
+    ArtifactKind.ADAPTER: "rolora merge, merge-rotate-quantize or evaluate --adapter",
     ArtifactKind.CHECKPOINT: "rolora export --checkpoint, or rolora evaluate --model",
     ArtifactKind.ONNX: "rolora run, evaluate or bench --model",
     ArtifactKind.MODEL: "rolora finetune, merge, merge-rotate-quantize or evaluate --model",

@@ -66,15 +66,20 @@ class EvaluationSettings:
         if Task.KL in self.tasks and self.reference is None:
             raise ConfigError("task kl compares with a reference: give --reference")
         is_directory = self.data is not None and Path(self.data).is_dir()
+        got = "none" if self.data is None else self.data
+        if is_directory and not any(isinstance(task, ChoiceTask) for task in self.tasks):
+            raise ConfigError(
+                f"--data {self.data}: is a directory, which is for multiple choice; "
+                f"{', '.join(self.tasks)} take a file or a hub id"
+            )
         for task in self.tasks:
             if isinstance(task, ChoiceTask) and not is_directory:
                 raise ConfigError(
-                    f"task {task}: --data must be a directory that holds {task}.jsonl.gz, got "
-                    f"{self.data}"
+                    f"task {task}: --data must be a directory that holds {task}.jsonl.gz, got {got}"
                 )
             if isinstance(task, RowTask) and (self.data is None or is_directory):
                 raise ConfigError(
-                    f"task {task}: --data must be a JSONL(.gz) file or a hub id, got {self.data}"
+                    f"task {task}: --data must be a JSONL(.gz) file or a hub id, got {got}"
                 )
 
 
@@ -89,8 +94,8 @@ def parse_tasks(text: str) -> tuple[Task | RowTask | ChoiceTask, ...]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ConfigError(
-            f"--tasks {text!r}: expected a comma-separated list of {', '.join(known)}; got "
-            f"{', '.join(unknown) or 'none'}"
+            f"--tasks {text!r}: expected a comma-separated list of {', '.join(known)}, or "
+            f"classification alone; got {', '.join(unknown) or 'none'}"
         )
     return tuple(known[name] for name in dict.fromkeys(names))
 

@@ -236,9 +236,9 @@ def open_language_model(
         model = OnnxLanguageModel(reference, OnnxDecoder(directory, threads=threads))
     else:
         raise StageOrderError(
-            f"{directory}: an adapter is no model by itself; merge it first: "
-            f"rolora merge-rotate-quantize --model ... --adapter {directory} --scheme ... "
-            f"--output ..., or evaluate it unmerged: --model ... --adapter {directory}"
+            f"{directory}: an adapter is no model by itself; evaluate it on its model: --model ... "
+            f"--adapter {directory}, or merge it first: rolora merge --model ... --adapter "
+            f"{directory} --to model --output ..."
         )
     return OpenedModel(model, load_tokenizer(directory))
 

@@ -35,7 +35,10 @@ def test_tasks_are_parsed_once_each_in_order() -> None:
     assert parse_tasks(" kl, exact-match,kl ") == (Task.KL, RowTask.EXACT_MATCH)
     assert len(set(map(str, TASKS))) == len(TASKS)
     for text, named in (("ppl,bleu", "got bleu"), ("", "got none"), (",", "got none")):
-        with pytest.raises(ConfigError, match=f"expected a comma-separated list of .*; {named}"):
+        with pytest.raises(
+            ConfigError,
+            match=f"expected a comma-separated list of .*, or classification alone; {named}",
+        ):
             parse_tasks(text)
 
 
@@ -97,8 +100,9 @@ def test_multiple_choice_comes_from_a_directory_beside_text_of_ours(base: Path) 
         ({"tasks": (Task.KL,)}, "give --reference"),
         ({"tasks": parse_tasks("piqa")}, "--data must be a directory"),
         ({"tasks": parse_tasks("piqa"), "data": "rows.jsonl"}, "got rows.jsonl"),
-        ({"tasks": parse_tasks("exact-match")}, "must be a JSONL"),
-        ({"tasks": parse_tasks("completion-ppl"), "data": "."}, "must be a JSONL"),
+        ({"tasks": parse_tasks("exact-match")}, "must be a JSONL.* got none"),
+        ({"tasks": parse_tasks("completion-ppl,piqa"), "data": "."}, "must be a JSONL"),
+        ({"data": "."}, "is a directory, which is for multiple choice; ppl take a file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(

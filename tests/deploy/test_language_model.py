@@ -53,7 +53,7 @@ def test_a_damaged_export_is_refused(forms: dict[str, Path], tmp_path: Path) -> 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     with new_artifact(tmp_path / "adapter") as directory:
         write_manifest(directory, Manifest(ArtifactKind.ADAPTER))
-    with pytest.raises(StageOrderError, match="merge it first: rolora merge-rotate-quantize"):
+    with pytest.raises(StageOrderError, match="merge it first: rolora merge --model"):
         open_language_model(str(tmp_path / "adapter"))
 
 
