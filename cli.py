@@ -24,6 +24,8 @@ from deploy.errors import ConfigError, RoloraError
 app = typer.Typer(
     name="rolora",
     no_args_is_help=True,
+    rich_markup_mode=None,  # its tables leave an option with long choices no room for its help
+    context_settings={"max_content_width": 100},
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Fine-tune a language model with ResLoRA or RoLoRA, quantize weights and activations, "
@@ -294,6 +296,7 @@ def finetune_command(
     as_json: Json = False,
 ) -> None:
     """Train an adapter: LoRA, ResLoRA (shortcuts between layers), or RoLoRA (rotated LoRA)."""
+    from deploy.describe import training_rows
     from deploy.finetune import FinetuneSettings, Method, finetune
     from deploy.finetune_tasks import TrainingTask
     from reslora.config import AdapterConfig, Structure, parse_initialization
@@ -351,18 +354,13 @@ def finetune_command(
     report = finetune(settings, output, resume=resume, tensorboard=tensorboard, progress=_log_step)
     if report is None:
         return
-    training_result = report.to_dict()["training"]
+    result = report.to_dict()
     _finish(
-        report.to_dict(),
+        result,
         as_json,
         [
             ("adapter", str(output)),
-            ("steps", str(training_result["steps"])),
-            ("first and last loss", _first_and_last(training_result["loss"])),
-            ("validation loss", _first_and_last(training_result["eval_loss"])),
-            ("kept state", f"step {training_result['kept_step']}"),
-            *_last_metrics(training_result["eval_metrics"]),
-            ("trainable parameters", f"{training_result['trainable_parameters']:,}"),
+            *training_rows(result["training"]),
             (
                 "next",
                 f"rolora merge-rotate-quantize --model {model} --adapter {output} --scheme W8A8 "
@@ -405,6 +403,7 @@ def merge_command(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into an ordinary model or adapter that needs nothing of this package."""
+    from deploy.describe import merge_rows
     from deploy.merge import Destination, FloatType, MergeSettings
     from deploy.merge import merge as run_merge
     from reslora.merge import MergeMethod
@@ -430,7 +429,7 @@ def merge_command(
         as_json,
         [
             (result["to"], str(output)),
-            *_merge_rows(result["merge"] or {}),
+            *merge_rows(result["merge"] or {}),
             *([("rank", str(result["rank"]))] if result["rank"] else []),
             *([("error of the lower rank", f"{error:.3g}")] if error is not None else []),
             ("weights", _megabytes(result["weights_bytes"])),
@@ -492,6 +491,7 @@ def merge_rotate_quantize_command(
 ) -> None:
     """Merge an adapter, rotate outliers away, and quantize weights and activations."""
     from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
+    from deploy.describe import merge_rows
     from deploy.merge_rotate_quantize import merge_rotate_quantize
     from reslora.merge import MergeMethod
     from rolora.rotation import RotationKind
@@ -537,7 +537,7 @@ def merge_rotate_quantize_command(
         [
             ("checkpoint", str(output)),
             ("scheme", str(result["scheme"])),
-            *_merge_rows(result["merge"] or {}),
+            *merge_rows(result["merge"] or {}),
             ("quantized layers", str(result["quantized_layers"])),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
@@ -650,9 +650,9 @@ def evaluate_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="For ppl and kl text, as for --calibration; default: a sample of ours. For "
-            "exact-match and completion-ppl rows, as for finetune. For multiple choice a directory "
-            "with TASK.jsonl(.gz) or TASK.dev.jsonl.gz."
+            help="For ppl and kl text, as for --calibration; default, and beside a directory: a "
+            "sample of ours. For exact-match, completion-ppl and classification rows, as for "
+            "finetune. For multiple choice a directory with TASK.jsonl(.gz) or TASK.dev.jsonl.gz."
         ),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
@@ -682,11 +682,12 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure any model: perplexity, divergence from a reference, answers, choices, labels."""
-    if TaskName.CLASSIFICATION in tasks:
-        if tasks.strip() != TaskName.CLASSIFICATION or data is None or reference is not None:
+    names = {name.strip() for name in tasks.split(",")} - {""}
+    if TaskName.CLASSIFICATION in names:
+        if len(names) > 1 or data is None or reference is not None or limit is not None:
             raise ConfigError(
                 f"--tasks {tasks!r}: classification stands alone, needs --data with labelled rows, "
-                "and takes no --reference"
+                "and takes no --reference and no --limit"
             )
         _evaluate_classification(model, adapter, data, as_json)
         return
@@ -854,32 +855,6 @@ def _finish(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) 
 
 def _print_json(result: dict[str, Any]) -> None:
     stdout.out(json.dumps(result, indent=2, default=str), highlight=False)
-
-
-def _merge_rows(merge: dict[str, Any]) -> list[tuple[str, str]]:
-    """Show how an adapter was merged and how far that is from the unmerged model."""
-    if "kl_mean" not in merge:
-        return [("merge", merge["method"])] if merge else []
-    kl, agreement = merge["kl_mean"], merge["top1_agreement"]
-    chosen = f"{merge['method']}, KL to unmerged {kl:.3g}"
-    if agreement is not None:
-        chosen += f", top-1 agreement {agreement:.1%}"
-    tried = [
-        f"{name} {found['kl_mean']:.3g}" for name, found in merge.get("candidates", {}).items()
-    ]
-    return [("merge", chosen)] + [("KL of each method", ", ".join(tried))] * bool(tried)
-
-
-def _first_and_last(points: list[list[float]]) -> str:
-    if not points:
-        return "none"
-    return f"{points[0][1]:.4f}, {points[-1][1]:.4f}"
-
-
-def _last_metrics(points: list[list[Any]]) -> list[tuple[str, str]]:
-    """Show the metrics of the last validation."""
-    last = points[-1][1] if points else {}
-    return [(f"validation {name}", f"{value:.4f}") for name, value in last.items()]
 
 
 def _megabytes(count: float) -> str:

@@ -593,6 +593,8 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
     assert terminal(*measure, "--json").code == 2, "the bare encoder has no head"
     mixed = terminal("evaluate", "--tasks", "ppl,classification", "--data", data, "--model", model)
     assert (mixed.code, "classification stands alone" in mixed.err) == (2, True)
+    limited = terminal(*measure, "--adapter", tmp_path / "out", "--limit", 1)
+    assert (limited.code, "no --limit" in limited.err) == (2, True)
 
 
 @pytest.mark.parametrize(
