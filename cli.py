@@ -355,6 +355,7 @@ def finetune_command(
     if report is None:
         return
     result = report.to_dict()
+    merging = "" if structure in (None, StructureName.BLOCK) else "--merge auto "
     _finish(
         result,
         as_json,
@@ -363,8 +364,8 @@ def finetune_command(
             *training_rows(result["training"]),
             (
                 "next",
-                f"rolora merge-rotate-quantize --model {model} --adapter {output} --scheme W8A8 "
-                f"--output ..."
+                f"rolora merge-rotate-quantize --model {model} --adapter {output} {merging}"
+                "--scheme W8A8 --output ..."
                 if task is TaskName.LANGUAGE
                 else f"rolora evaluate --tasks classification --model {model} --adapter {output} "
                 f"--data ...",

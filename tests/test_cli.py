@@ -184,6 +184,8 @@ def test_a_merge_says_how_far_it_is_from_the_unmerged_model(
         *("--max-tokens", 48, "--rank", 2, "--structure", "input"),
     )
     assert result.code == 0, result.err
+    said = "".join(result.out.split())  # lines fold anywhere
+    assert "--mergeauto--schemeW8A8" in said, "without it the next command would fail"
     merge = mrq(base, "--adapter", tmp_path / "adapter", "--scheme", "FP32", "--merge")
     result = terminal(*merge, "auto", "--output", tmp_path / "auto", "--json")
     assert result.code == 0, result.err
