@@ -157,7 +157,9 @@ class OnnxDecoder:
             return self._run(self._token, ids, mask, "logits")
         if self._token is self._prompt:
             logits = self._run(self._prompt, ids, mask, "logits")
-            return logits[np.arange(batch), added - 1][:, None] if last_only else logits
+            if last_only and logits.shape[1] > 1:  # a graph may compute no others
+                return logits[np.arange(batch), added - 1][:, None]
+            return logits
         if last_only:
             return self._run(self._prompt, ids, mask, "logits")
         hidden = self._run(self._prompt, ids, mask, HIDDEN_NAME)
