@@ -507,7 +507,8 @@ def test_a_bug_shows_its_traceback(
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 import {module} as stage
 def wait(*arguments, **options):
     print("waiting", file=sys.stderr, flush=True)

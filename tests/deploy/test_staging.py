@@ -17,7 +17,8 @@ from deploy.errors import ArtifactError, ConfigError
 from deploy.staging import require_free_space, staged_directory
 
 WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from pathlib import Path
 from deploy.staging import staged_directory
 with staged_directory(Path(sys.argv[1])) as directory:
