@@ -7,15 +7,22 @@ import pytest
 
 from deploy.describe import describe_artifact, merge_rows, training_rows
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
-from deploy.finetune import SUMMARY_FILE
-from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model
+from deploy.finetune import SUMMARY_FILE, finetune
+from tests.deploy.tiny_artifacts import (
+    finetune_settings,
+    make_checkpoint,
+    make_export,
+    save_model,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("describe")
     model = save_model(base / "model")
-    make_adapter(model, base / "adapter", "reslora")
+    rows = write_rows(base / "rows.jsonl")
+    finetune(finetune_settings(model, rows, "reslora"), base / "adapter")  # trained, not drawn
     make_checkpoint(model, base / "checkpoint", "W8A8", weights="rtn")
     make_export(base / "checkpoint", base / "onnx")
     return base
