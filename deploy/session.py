@@ -158,7 +158,7 @@ class OnnxDecoder:
         if self._token is self._prompt:
             logits = self._run(self._prompt, ids, mask, "logits")
             if last_only and logits.shape[1] > 1:  # a graph may compute no others
-                return logits[np.arange(batch), added - 1][:, None]
+                logits = np.take_along_axis(logits, (added - 1)[:, None, None], axis=1)
             return logits
         if last_only:
             return self._run(self._prompt, ids, mask, "logits")

@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from deploy.architecture import decoder_names, resolve_targets
 from deploy.artifact import library_versions
 from deploy.loading import load_model
+from deploy.memory import peak_memory_bytes
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig, Structure
 
@@ -119,7 +119,7 @@ def train_alone(variant: str, arguments: argparse.Namespace) -> None:
     step = TrainingStep(loaded.model, variant, targets, arguments.rank)
     for _ in range(3):
         step.take(tokens)
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}\n")
+    sys.stdout.write(f"{peak_memory_bytes()}\n")
 
 
 def main() -> None:
@@ -141,10 +141,12 @@ def main() -> None:
     if arguments.only:
         train_alone(arguments.only, arguments)
         return
+    # first, while this process is small: on Linux a child begins with its parent's peak
+    peaks = {variant: peak_memory(variant, arguments) for variant in VARIANTS}
     found = time_steps(arguments)
     for variant, figures in found.items():
-        figures["peak_rss_bytes"] = peak_memory(variant, arguments)
-        figures["memory_ratio"] = figures["peak_rss_bytes"] / found[BASELINE]["peak_rss_bytes"]
+        figures["peak_rss_bytes"] = peaks[variant]
+        figures["memory_ratio"] = peaks[variant] / peaks[BASELINE]
         sys.stdout.write(f"{variant}: {json.dumps(figures)}\n")
     old = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     settings = {
