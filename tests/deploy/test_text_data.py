@@ -31,7 +31,7 @@ def test_rows_are_joined_without_a_template(tmp_path: Path) -> None:
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\t\n", "holds no text"),
         ("latin.txt", b"caf\xe9 au lait", "not a readable UTF-8 text"),
-        ("cut.txt.gz", gzip.compress(b"some words" * 99, mtime=0)[:-9], "not a readable UTF-8 text"),
+        ("cut.txt.gz", gzip.compress(b"some word" * 99, mtime=0)[:-9], "not a readable UTF-8 text"),
         ("no.txt.gz", b"not gzip", "not a readable UTF-8 text"),
         ("bad.jsonl", b'{"text": "fine"}\n{oops\n', r"bad.jsonl:2: not valid JSON"),
         ("empty.jsonl", b"", "holds no rows"),
