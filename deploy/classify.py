@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from deploy.adapter_artifact import StoredAdapter, open_adapter
 from deploy.encoder_loading import LoadedClassifier, load_classifier
 from deploy.errors import ArtifactError, ConfigError
-from reslora.adapter import restore_adapter
-from reslora.attach import attach_adapters
+from deploy.live_adapter import attach_stored
 from reslora.classification import collate_labelled, encode_labelled, pad_id_of
 from reslora.labelled_rows import LabelledExample, LabelScheme, read_labelled_rows
 from reslora.metrics import label_metrics
@@ -52,15 +51,10 @@ def open_classifier(model: str, adapter: Path | None = None) -> OpenedClassifier
     if adapter is None:
         opened = load_classifier(model)
         return _opened(opened, opened.loaded.model)
-    opened, stored = load_with_adapter(model, adapter)
+    stored = open_adapter(adapter)
+    opened = load_for_adapter(model, stored)
     try:
-        attached = attach_adapters(
-            opened.loaded.model,
-            stored.adapter.config,
-            list(stored.adapter.factors),
-            head=stored.adapter.head_name,
-        )
-        restore_adapter(attached, adapter)
+        attached, _ = attach_stored(opened.loaded.model, None, stored)
     except ValueError as error:
         raise ArtifactError(f"{adapter}: does not fit {model}: {error}") from error
     return _opened(opened, attached.eval())
@@ -71,22 +65,21 @@ def is_classifier(stored: StoredAdapter) -> bool:
     return isinstance(stored.manifest.details.get("labels"), list)
 
 
-def load_with_adapter(model: str, adapter: Path) -> tuple[LoadedClassifier, StoredAdapter]:
-    """Load an encoder with the labels of its adapter, and read the adapter; neither is attached.
+def load_for_adapter(model: str, stored: StoredAdapter) -> LoadedClassifier:
+    """Load an encoder with the labels of its adapter, which is not attached.
 
     Raises:
         ConfigError, StageOrderError, ArtifactError, UnsupportedModelError: As `open_classifier`.
     """
-    stored = open_adapter(adapter)
     if not is_classifier(stored):
         raise ConfigError(
-            f"{adapter}: was not trained for classification; make an adapter with rolora finetune "
-            "--task classification"
+            f"{stored.directory}: was not trained for classification; make an adapter with rolora "
+            "finetune --task classification"
         )
     labels: Any = stored.manifest.details["labels"]
     opened = load_classifier(model, LabelScheme(tuple(map(str, labels))))
     stored.require_base(opened.loaded.digest, model)
-    return opened, stored
+    return opened
 
 
 def evaluate_on_rows(

@@ -192,7 +192,7 @@ def merge(
 
 def _open_source(settings: MergeSettings, stored: StoredAdapter | None) -> MergeSource:
     if stored is not None and is_classifier(stored):
-        return ClassifierSource(settings.model, stored.directory, settings.calibration)
+        return ClassifierSource(settings.model, stored, settings.calibration)
     return DecoderSource(
         settings.model,
         settings.calibration,

@@ -22,7 +22,7 @@ from deploy.adapter_basis import to_original_basis
 from deploy.architecture import decoder_names
 from deploy.artifact import hash_file
 from deploy.calibration_text import calibration_for
-from deploy.classify import BATCH_ROWS, load_with_adapter
+from deploy.classify import BATCH_ROWS, load_for_adapter
 from deploy.encoder_loading import save_classifier
 from deploy.errors import ConfigError
 from deploy.loading import LoadedModel, load_model, quiet_transformers, save_tokenizer
@@ -133,18 +133,18 @@ class ClassifierSource:
 
     Args:
         reference: As `load_classifier` takes it.
-        adapter: Directory of the adapter, whose labels the model gets.
+        stored: The adapter, whose labels the model gets.
         calibration: Source of labelled rows; None is the adapter's own training data.
 
     Raises:
-        ConfigError, StageOrderError, ArtifactError, UnsupportedModelError: As `load_with_adapter`.
+        ConfigError, StageOrderError, ArtifactError, UnsupportedModelError: As `load_for_adapter`.
     """
 
-    def __init__(self, reference: str, adapter: Path, calibration: str | None) -> None:
+    def __init__(self, reference: str, stored: StoredAdapter, calibration: str | None) -> None:
         self._calibration = calibration
-        self._opened, _ = load_with_adapter(reference, adapter)
-        self.loaded = self._opened.loaded
-        self.details = {"labels": list(self._opened.labels.names)}
+        self.opened = load_for_adapter(reference, stored)
+        self.loaded = self.opened.loaded
+        self.details = {"labels": list(self.opened.labels.names)}
 
     def plain_merge(
         self, stored: StoredAdapter, method: MergeMethod | None
@@ -167,7 +167,7 @@ class ClassifierSource:
             examples = read_labelled_rows(source)
             step = max(1, len(examples) // CALIBRATION_ROWS)
             chosen = examples[::step][:CALIBRATION_ROWS]
-            rows = encode_labelled(chosen, tokenizer, self._opened.token_limit, self._opened.labels)
+            rows = encode_labelled(chosen, tokenizer, self.opened.token_limit, self.opened.labels)
             pad_id = pad_id_of(tokenizer)
         except ValueError as error:
             raise ConfigError(f"calibration: {error}") from error

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from reslora.row_formats import refuse_unencodable
 from reslora.rows import decoded_rows
 
 TEXT_KEYS: tuple[tuple[str, ...], ...] = (
@@ -184,7 +185,7 @@ def _text(value: object, key: str, origin: str) -> str:
         raise ValueError(f"{origin}: {key} must be a string, got {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{origin}: {key} is empty; fill it or delete the row")
-    _refuse_unencodable(value, origin)
+    refuse_unencodable(value, origin)
     return value
 
 
@@ -196,7 +197,7 @@ def _label(value: object, key: str, origin: str) -> Label:
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"{origin}: {key} is empty; fill it or delete the row")
-        _refuse_unencodable(value, origin)
+        refuse_unencodable(value, origin)
     elif not math.isfinite(value):
         raise ValueError(f"{origin}: {key} is {value}, expected a finite number")
     elif isinstance(value, int) and value < 0:
@@ -205,11 +206,3 @@ def _label(value: object, key: str, origin: str) -> Label:
             "splits: use rows with labels"
         )
     return value
-
-
-def _refuse_unencodable(text: str, origin: str) -> None:
-    """Lone surrogates are valid in JSON strings but are no text; tokenizers fail on them."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{origin}: not valid Unicode text ({error.reason})") from None

@@ -57,7 +57,9 @@ def parse_row(row: object, origin: str) -> Example | None:
     for keys, parse in _FORMATS:
         if all(row.get(key) is not None for key in keys):
             example = parse(row, origin)
-            _refuse_unencodable(example, origin)
+            if example is not None:
+                for text in (example.text, *(message.content for message in example.messages)):
+                    refuse_unencodable(text, origin)
             return example
     found = ", ".join(sorted(map(str, row))) or "no keys"
     known = "; ".join("+".join(keys) for keys, _ in _FORMATS)
@@ -102,15 +104,20 @@ def _message_list(value: object, key: str, origin: str) -> list[Message]:
     return messages
 
 
-def _refuse_unencodable(example: Example | None, origin: str) -> None:
-    """Lone surrogates are valid in JSON strings but are no text; tokenizers fail on them."""
-    if example is None:
-        return
-    for text in (example.text, *(message.content for message in example.messages)):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{origin}: not valid Unicode text ({error.reason})") from None
+def refuse_unencodable(text: str, origin: str) -> None:
+    """Refuse lone surrogates: valid in JSON strings, but no text, and tokenizers fail on them.
+
+    Args:
+        text: Read from a row.
+        origin: `file:line`, put before the error.
+
+    Raises:
+        ValueError: The text holds one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{origin}: not valid Unicode text ({error.reason})") from None
 
 
 def _conversation(messages: Sequence[Message], origin: str) -> Example:

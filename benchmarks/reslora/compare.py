@@ -34,19 +34,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from deploy.adapter_artifact import open_adapter
+from deploy.adapter_artifact import StoredAdapter, open_adapter
 from deploy.architecture import decoder_names
 from deploy.artifact import hash_file, library_versions, read_manifest
-from deploy.classify import evaluate_classifier, load_with_adapter
+from deploy.classify import evaluate_classifier
 from deploy.completion_loss import completion_loss
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.finetune_tasks import TrainingTask
 from deploy.language_model import TorchLanguageModel
+from deploy.live_adapter import attach_stored
 from deploy.loading import DEMO_ENCODER, DEMO_MODEL
 from deploy.merge_sources import ClassifierSource, DecoderSource, MergeSource
 from deploy.shortcut_merge import APPROXIMATIONS, choose_merge
-from reslora.adapter import restore_adapter
-from reslora.attach import attach_adapters, detach_adapters
+from reslora.attach import detach_adapters
 from reslora.config import AdapterConfig, Structure
 from reslora.labelled_rows import read_labelled_rows
 from reslora.merge import MergeMethod, merge_adapter
@@ -83,11 +83,11 @@ class Task(ABC):
     """Peak learning rates that are tried at the first seed."""
 
     @abstractmethod
-    def source(self, adapter: Path, model: str) -> MergeSource:
+    def source(self, stored: StoredAdapter, model: str) -> MergeSource:
         """Load the base model."""
 
     @abstractmethod
-    def figures(self, source: MergeSource, model: nn.Module, adapter: Path) -> dict[str, Any]:
+    def figures(self, source: MergeSource, model: nn.Module) -> dict[str, Any]:
         """Measure a model on the test rows; `loss` is among the figures."""
 
 
@@ -102,11 +102,11 @@ class Arithmetic(Task):
         """Read the test rows."""
         self._examples = [] if test is None else read_rows(str(test))[: self.test_rows]
 
-    def source(self, adapter: Path, model: str) -> MergeSource:
+    def source(self, stored: StoredAdapter, model: str) -> MergeSource:
         """See `Task`."""
         return DecoderSource(model, None, windows=16, tokens=256)
 
-    def figures(self, source: MergeSource, model: nn.Module, adapter: Path) -> dict[str, Any]:
+    def figures(self, source: MergeSource, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""
         wrapped = TorchLanguageModel(self.name, model)  # type: ignore[arg-type]  # or PEFT's
         found = completion_loss(wrapped, source.loaded.tokenizer, self._examples)
@@ -124,20 +124,20 @@ class Sentiment(Task):
         """Read the test rows."""
         self._examples = [] if test is None else read_labelled_rows(str(test))
 
-    def source(self, adapter: Path, model: str) -> MergeSource:
+    def source(self, stored: StoredAdapter, model: str) -> MergeSource:
         """See `Task`."""
-        return ClassifierSource(model, adapter, None)
+        return ClassifierSource(model, stored, None)
 
-    def figures(self, source: MergeSource, model: nn.Module, adapter: Path) -> dict[str, Any]:
+    def figures(self, source: MergeSource, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""
-        opened, _ = load_with_adapter(self.model, adapter)
+        assert isinstance(source, ClassifierSource)
         return dict(
             evaluate_classifier(
                 model,
                 source.loaded.tokenizer,
                 self._examples,
-                opened.labels,
-                max_tokens=opened.token_limit,
+                source.opened.labels,
+                max_tokens=source.opened.token_limit,
             )
         )
 
@@ -228,24 +228,23 @@ def measure_cell(directory: Path, task: Task, model: str) -> dict[str, Any]:
     """Return the figures of the unmerged adapter and of each merge."""
     stored = open_adapter(directory)
     adapter = stored.adapter
-    source = task.source(directory, model)
+    source = task.source(stored, model)
     base = source.loaded.model
-    attached = attach_adapters(base, adapter.config, list(adapter.factors), head=adapter.head_name)
-    restore_adapter(attached, directory)
-    found: dict[str, Any] = {UNMERGED: task.figures(source, attached.eval(), directory)}
+    names = None if adapter.head_name else decoder_names(base.config)
+    attached, _ = attach_stored(base, names, stored)
+    found: dict[str, Any] = {UNMERGED: task.figures(source, attached.eval())}
     detach_adapters(attached)
     methods: tuple[MergeMethod, ...] = (MergeMethod.EXACT,)
     observed = None
     if not merges_exactly(adapter):
         methods = APPROXIMATIONS
-        names = None if adapter.head_name else decoder_names(base.config)
         chosen = choose_merge(base, names, stored, None, lambda: source.calibration(stored))
         observed = chosen.statistics
         found |= chosen.figures["candidates"]
     for method in methods:
         merged = copy.deepcopy(base)
         merge_adapter(merged, adapter, method, observed)
-        found[str(method)] = found.get(str(method), {}) | task.figures(source, merged, directory)
+        found[str(method)] = found.get(str(method), {}) | task.figures(source, merged)
     return found
 
 
