@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-import deploy.export
 from deploy.artifact import hash_file, verify_files
 from deploy.bench import BenchSettings, bench_onnx
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ParityError, UnsupportedModelError
 from deploy.export import DATA_NAME
-from deploy.kernels import GraphForm, Kernel, graph_forms
+from deploy.kernels import Kernel, graph_forms
 from deploy.language_model import open_language_model
-from deploy.parity import ParityReport, check_exact_weights, check_parity, relative_error
+from deploy.parity import check_exact_weights, relative_error
 from deploy.run import Sampling, TextGenerator
 from deploy.session import (
     GENAI_CONFIG_NAME,
@@ -30,7 +29,12 @@ from deploy.session import (
     TOKEN_NAME,
     OnnxDecoder,
 )
-from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+from tests.deploy.tiny_artifacts import (
+    make_checkpoint,
+    make_export,
+    put_fault_in_export,
+    save_model,
+)
 
 IDS = np.arange(30, 94)
 PHASES = {PROMPT_NAME, TOKEN_NAME, HEAD_NAME}
@@ -214,15 +218,7 @@ def test_a_fault_in_either_graph_ends_the_export(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def check_with_fault(
-        checkpoint: Checkpoint, directory: Path, ids: np.ndarray, forms: Sequence[GraphForm]
-    ) -> ParityReport:
-        graph = onnx.load(directory / file, load_external_data=False)
-        fault(graph)
-        (directory / file).write_bytes(graph.SerializeToString())
-        return check_parity(checkpoint, directory, ids, forms)
-
-    monkeypatch.setattr(deploy.export, "check_parity", check_with_fault)
+    put_fault_in_export(monkeypatch, file, fault)
     with pytest.raises(ParityError, match="departs from the torch reference"):
         make_export(checkpoints["W8A8"], tmp_path / "onnx", Kernel.AUTO)
     assert list(tmp_path.iterdir()) == []

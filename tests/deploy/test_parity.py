@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ import deploy.export
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
-from deploy.kernels import GraphForm
 from deploy.parity import check_exact_weights, check_parity, graph_name, relative_error
 from deploy.session import GRAPH_NAME
-from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+from tests.deploy.tiny_artifacts import (
+    make_checkpoint,
+    make_export,
+    put_fault_in_export,
+    save_model,
+)
 
 SCHEMES = {
     "W8A8": {},
@@ -199,15 +203,7 @@ def test_a_faulty_graph_ends_the_export_with_nothing_on_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def check_with_fault(
-        checkpoint: Checkpoint, directory: Path, ids: np.ndarray, forms: Sequence[GraphForm]
-    ) -> object:
-        graph = onnx.load(directory / GRAPH_NAME, load_external_data=False)
-        fault(graph)
-        (directory / GRAPH_NAME).write_bytes(graph.SerializeToString())
-        return check_parity(checkpoint, directory, ids, forms)
-
-    monkeypatch.setattr(deploy.export, "check_parity", check_with_fault)
+    put_fault_in_export(monkeypatch, GRAPH_NAME, fault)
     source = float_checkpoint if scheme == "FP32" else checkpoints[scheme]
     with pytest.raises(ParityError, match="departs from the torch reference"):
         make_export(source, tmp_path / "out" / "onnx")

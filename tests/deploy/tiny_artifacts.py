@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from peft import PeftModel
 
+import deploy.export
 import deploy.finetune
+from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
 from deploy.export import ExportReport, Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
-from deploy.kernels import Kernel
+from deploy.kernels import GraphForm, Kernel
 from deploy.merge_rotate_quantize import merge_rotate_quantize
+from deploy.parity import ParityReport, check_parity
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings
@@ -140,3 +146,19 @@ def make_adapter(model: Path, output: Path, method: str) -> Path:
     """Run finetune without training on a few rows."""
     data = write_rows(output.with_name(f"{output.name}.jsonl"))
     return write_adapter(finetune_settings(model, data, method), output)
+
+
+def put_fault_in_export(
+    monkeypatch: pytest.MonkeyPatch, file: str, fault: Callable[[onnx.ModelProto], None]
+) -> None:
+    """Let every export change a graph just before it is compared with the checkpoint."""
+
+    def check_with_fault(
+        checkpoint: Checkpoint, directory: Path, ids: np.ndarray, forms: Sequence[GraphForm]
+    ) -> ParityReport:
+        graph = onnx.load(directory / file, load_external_data=False)
+        fault(graph)
+        (directory / file).write_bytes(graph.SerializeToString())
+        return check_parity(checkpoint, directory, ids, forms)
+
+    monkeypatch.setattr(deploy.export, "check_parity", check_with_fault)

@@ -20,7 +20,7 @@ from reslora.config import AdapterConfig, Structure
 from reslora.layers import ShortcutLinear
 from reslora.live_chain import LiveChain, _Replay, recompute_contexts
 from tests.reslora.ladder import DOUBLE_EPS, RANK, attached_ladder, ladder_input
-from tests.reslora.tiny import build_llama
+from tests.reslora.tiny import build_llama, draw_b
 
 BLOCK = AdapterConfig(rank=RANK, alpha=5, structure=Structure.BLOCK)
 INPUT = AdapterConfig(rank=RANK, alpha=5, structure=Structure.INPUT)
@@ -265,11 +265,7 @@ def attached_llama(request: pytest.FixtureRequest) -> tuple[Any, LlamaForCausalL
     endings = ("q_proj", "v_proj", "down_proj")
     targets = [name for name, _ in llama.named_modules() if name.endswith(endings)]
     model = attach_adapters(llama, request.param, targets)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    draw_b(model)
     return model.eval(), llama
 
 

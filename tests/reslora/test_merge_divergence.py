@@ -19,7 +19,7 @@ from reslora.merge import merge_adapter
 from reslora.merge_divergence import CHUNK_TOKENS, Divergence, merge_divergences
 from reslora.merged_factors import MergeMethod
 from reslora.shortcut_statistics import ShortcutStatistics, collect_statistics
-from tests.reslora.tiny import build_llama
+from tests.reslora.tiny import build_llama, draw_b
 
 APPROXIMATIONS = [method for method in MergeMethod if method is not MergeMethod.EXACT]
 
@@ -58,11 +58,7 @@ def make_case(directory: Path, structure: Structure | None) -> Case:
     targets = [name for name, _ in plain.named_modules() if name.endswith(("q_proj", "up_proj"))]
     config = AdapterConfig(rank=3, alpha=2, structure=structure)
     attached = attach_adapters(copy.deepcopy(plain), config, targets)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in attached.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    draw_b(attached)
     save_adapter(attached, config, directory)
     approximate = structure in (Structure.INPUT, Structure.MIDDLE)
     statistics = collect_statistics(attached, make_batches(1)) if approximate else None

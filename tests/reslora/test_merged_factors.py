@@ -22,7 +22,7 @@ from reslora.merge import delta_weights, merge_adapter
 from reslora.merge_error import merge_errors
 from reslora.merged_factors import MergeMethod, merged_factors
 from reslora.shortcut_statistics import ShortcutStatistics, collect_statistics
-from tests.reslora.tiny import build_llama
+from tests.reslora.tiny import build_llama, draw_b
 
 INPUT = AdapterConfig(rank=3, alpha=2, structure=Structure.INPUT)
 MIDDLE = AdapterConfig(rank=3, alpha=2, structure=Structure.MIDDLE, depth=2)
@@ -74,11 +74,7 @@ def build_case(config: AdapterConfig, directory: Path) -> Case:
         name for name, _ in llama.named_modules() if name.endswith(("q_proj", "v_proj", "up_proj"))
     ]
     attached = attach_adapters(llama, config, targets)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in attached.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    draw_b(attached)
     save_adapter(attached, config, directory)
     batches = make_batches(1)
     seen: dict[str, list[Tensor]] = {name: [] for name in targets}

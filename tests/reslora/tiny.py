@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reslora.row_formats import Example, Message
@@ -36,6 +37,15 @@ def build_llama(layers: int = 4, vocabulary: int = 300) -> LlamaForCausalLM:
             offset = 0.5 if "norm" in name or "embed" in name else 0.0
             parameter.copy_(0.2 * noise + offset)
     return model.eval()
+
+
+def draw_b(attached: nn.Module) -> None:
+    """Give every B of an attached model random values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in attached.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def build_tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
