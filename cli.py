@@ -120,6 +120,13 @@ class DtypeName(StrEnum):
     FLOAT16 = "float16"
 
 
+class LearnFromName(StrEnum):
+    """Mirrors `deploy.quantized_training.LearnFrom`."""
+
+    TEACHER = "teacher"
+    LABELS = "labels"
+
+
 class KindName(StrEnum):
     """Values of --rotation-kind."""
 
@@ -285,6 +292,17 @@ def finetune_command(
         KindName, typer.Option(help="Rotation of method rolora.")
     ] = KindName.HADAMARD,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotation of method rolora.")] = 0,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Quantization-aware training: a quantized checkpoint of the model; the adapter "
+            "and all scales learn inside its rounding and rotation. Finish with rolora pack."
+        ),
+    ] = None,
+    learn_from: Annotated[
+        LearnFromName,
+        typer.Option(help="With --start: the float model's predictions, or the data's tokens."),
+    ] = LearnFromName.TEACHER,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest training checkpoint.")
     ] = False,
@@ -299,6 +317,7 @@ def finetune_command(
     from deploy.describe import training_rows
     from deploy.finetune import FinetuneSettings, Method, finetune
     from deploy.finetune_tasks import TrainingTask
+    from deploy.quantized_training import LearnFrom
     from reslora.config import AdapterConfig, Structure, parse_initialization
     from reslora.settings import Keep, Precision, Scheduler, TrainSettings
     from rolora.rotation import RotationKind
@@ -346,6 +365,8 @@ def finetune_command(
         training=training,
         rotation_kind=RotationKind(rotation_kind),
         rotation_seed=rotation_seed,
+        start=start,
+        learn_from=LearnFrom(learn_from),
     )
     if dry_run:
         shown = {"output": str(output), "preset": preset, "tensorboard": tensorboard}
@@ -356,20 +377,23 @@ def finetune_command(
         return
     result = report.to_dict()
     merging = "" if structure in (None, StructureName.BLOCK) else "--merge auto "
+    following = (
+        f"rolora merge-rotate-quantize --model {model} --adapter {output} {merging}"
+        "--scheme W8A8 --output ..."
+    )
+    if start is not None:
+        following = f"rolora pack --model {model} --adapter {output} --output ..."
+    if task is TaskName.CLASSIFICATION:
+        following = (
+            f"rolora evaluate --tasks classification --model {model} --adapter {output} --data ..."
+        )
     _finish(
         result,
         as_json,
         [
             ("adapter", str(output)),
             *training_rows(result["training"]),
-            (
-                "next",
-                f"rolora merge-rotate-quantize --model {model} --adapter {output} {merging}"
-                "--scheme W8A8 --output ..."
-                if task is TaskName.LANGUAGE
-                else f"rolora evaluate --tasks classification --model {model} --adapter {output} "
-                f"--data ...",
-            ),
+            ("next", following),
         ],
     )
 
@@ -540,6 +564,39 @@ def merge_rotate_quantize_command(
             ("scheme", str(result["scheme"])),
             *merge_rows(result["merge"] or {}),
             ("quantized layers", str(result["quantized_layers"])),
+            ("peak memory", _megabytes(report.peak_memory_bytes)),
+            ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
+        ],
+    )
+
+
+@app.command("pack")
+def pack_command(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    adapter: Annotated[Path, typer.Option(help="Adapter of rolora finetune --start.")],
+    output: Output,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was trained in. Default: where it was then."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the quantized checkpoint that quantization-aware training ended with."""
+    from deploy.pack import PackSettings, pack
+
+    settings = PackSettings(model, adapter, start)
+    if dry_run:
+        _print_json({"stage": "pack", "output": str(output), **settings.to_config()})
+        return
+    report = pack(settings, output, _log_step)
+    result = report.to_dict()
+    _finish(
+        result,
+        as_json,
+        [
+            ("checkpoint", str(output)),
+            ("scheme", str(result["scheme"])),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
         ],

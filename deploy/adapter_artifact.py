@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
-from deploy.errors import ArtifactError
+from deploy.errors import ArtifactError, StageOrderError
 from deploy.rotation_file import load_rotation
 from reslora.adapter import Adapter, load_adapter
 from rolora.rotation import RotationPlan
@@ -44,13 +44,40 @@ class StoredAdapter:
 
 
 def open_adapter(directory: Path) -> StoredAdapter:
-    """Read an adapter that `rolora finetune` wrote.
+    """Read an adapter that `rolora finetune` wrote, to be merged or attached as float weights.
 
     Raises:
         ConfigError: No such directory.
-        StageOrderError: It is no adapter of ours.
+        StageOrderError: It is no adapter of ours, or was trained in a quantized checkpoint.
         ArtifactError: A file is missing or damaged.
     """
+    stored = _open(directory)
+    if "start" in stored.manifest.parents:
+        raise StageOrderError(
+            f"{directory}: was trained in the rounding of a quantized checkpoint and is no change "
+            "of the float model; finish it with rolora pack"
+        )
+    return stored
+
+
+def open_trained_adapter(directory: Path) -> StoredAdapter:
+    """Read an adapter that was trained in a quantized checkpoint.
+
+    Raises:
+        ConfigError: No such directory.
+        StageOrderError: It is no adapter of ours, or was trained on float weights.
+        ArtifactError: A file is missing or damaged.
+    """
+    stored = _open(directory)
+    if "start" not in stored.manifest.parents:
+        raise StageOrderError(
+            f"{directory}: was trained on float weights; merge and quantize it with rolora "
+            "merge-rotate-quantize (pack is for adapters of finetune --start)"
+        )
+    return stored
+
+
+def _open(directory: Path) -> StoredAdapter:
     manifest = read_manifest(directory, ArtifactKind.ADAPTER)
     verify_files(directory)
     try:

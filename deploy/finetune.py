@@ -22,6 +22,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
+
 from deploy.adapter_basis import draw_adapter_basis
 from deploy.architecture import decoder_names
 from deploy.artifact import (
@@ -33,18 +36,29 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
+from deploy.checkpoint import Checkpoint
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.finetune_tasks import TrainingTask, read_task_rows
 from deploy.loading import LoadedModel
+from deploy.quantized_training import (
+    AwareModel,
+    LearnFrom,
+    build_aware_model,
+    make_teacher,
+    open_start,
+    save_scales,
+    training_extension,
+)
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters
 from reslora.checkpoints import refuse_existing
 from reslora.config import AdapterConfig
-from reslora.settings import TrainSettings
+from reslora.settings import Precision, TrainSettings
 from reslora.train import train_adapter
 from reslora.train_report import TrainReport
+from reslora.training_extension import TrainingExtension
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationPlan
 
@@ -75,13 +89,22 @@ class FinetuneSettings:
     training: TrainSettings = field(default_factory=TrainSettings)
     rotation_kind: RotationKind = RotationKind.HADAMARD
     rotation_seed: int = 0
+    start: Path | None = None
+    """A quantized checkpoint whose rounding training goes through; its rotation is used."""
+    learn_from: LearnFrom = LearnFrom.TEACHER
+    """With a start only."""
 
     def __post_init__(self) -> None:
         """Check method and structure against each other.
 
         Raises:
-            ConfigError: reslora without a structure, lora with one, or rolora for an encoder.
+            ConfigError: reslora without a structure, lora with one, or rolora or a start for an
+                encoder.
         """
+        if self.start is not None and self.task is TrainingTask.CLASSIFICATION:
+            raise ConfigError(
+                "--start trains decoders only: encoders are not quantized; leave it out"
+            )
         if self.method is Method.ROLORA and self.task is TrainingTask.CLASSIFICATION:
             raise ConfigError(
                 "--method rolora rotates decoders only; --task classification takes reslora or lora"
@@ -96,7 +119,7 @@ class FinetuneSettings:
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
-        return asdict(self)
+        return asdict(self) | {"start": None if self.start is None else str(self.start)}
 
 
 @dataclass(frozen=True)
@@ -146,24 +169,31 @@ def finetune(
     rows = read_task_rows(settings.task, settings.data, settings.validation, settings.training)
     progress(f"loading {settings.model}")
     loaded = rows.load(settings.model)
+    start = None if settings.start is None else open_start(settings.start, loaded)
     parents = {"model": loaded.digest} | _data_digests(settings)
+    if start is not None:
+        parents["start"] = start.manifest.digest
     if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
         progress(f"{output} is finished already")
         return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
     targets = rows.targets(loaded.model.config, settings.targets)
-    plan = _rotate(loaded, settings)
     checkpoints = output.with_name(f"{output.name}.training")
     try:
-        model = attach_adapters(
-            loaded.model, settings.adapter, targets, seed=settings.training.seed, head=rows.head
-        )
-        if plan is not None:
-            install_online_rotations(model, plan, decoder_names(loaded.model.config))
-        _claim_checkpoints(checkpoints, _basis(loaded, settings), resume=resume)
+        if start is None:
+            prepared = _prepare(loaded, settings, targets, rows.head)
+        else:
+            prepared = _prepare_aware(loaded, settings, targets, start)
+        _claim_checkpoints(checkpoints, _basis(parents, settings), resume=resume)
         progress(f"training on {rows.count} examples")
         data = rows.data(loaded, settings.training)
         training = train_adapter(
-            model, data, settings.training, checkpoints, resume, tensorboard=tensorboard
+            prepared.model,
+            data,
+            settings.training,
+            checkpoints,
+            resume,
+            tensorboard=tensorboard,
+            extension=prepared.extension,
         )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
@@ -171,9 +201,11 @@ def finetune(
         return None
     summary, clock = training.parted()
     with new_artifact(output) as directory:
-        save_adapter(model, settings.adapter, directory)
+        save_adapter(prepared.model, settings.adapter, directory)
+        if prepared.aware is not None:
+            save_scales(prepared.aware, directory)
         details: dict[str, Any] = {"training": summary, **rows.details}
-        details |= save_rotation(directory, plan)
+        details |= save_rotation(directory, prepared.rotation)
         manifest = write_manifest(
             directory,
             Manifest(
@@ -194,11 +226,12 @@ def _process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _basis(loaded: LoadedModel, settings: FinetuneSettings) -> dict[str, Any]:
+def _basis(parents: Mapping[str, str], settings: FinetuneSettings) -> dict[str, Any]:
     """Return what tells the weights that an adapter is trained on from all others."""
     rotated = settings.method is Method.ROLORA
     return {
-        "model": loaded.digest,
+        "model": parents["model"],
+        "start": parents.get("start"),
         "rotation_kind": settings.rotation_kind.value if rotated else None,
         "rotation_seed": settings.rotation_seed if rotated else None,
     }
@@ -242,18 +275,58 @@ def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
     }
 
 
-def _rotate(loaded: LoadedModel, settings: FinetuneSettings) -> RotationPlan | None:
-    if settings.method is not Method.ROLORA:
-        return None
-    names = decoder_names(loaded.model.config)
-    try:
-        plan = draw_adapter_basis(
-            names, settings.adapter, settings.rotation_kind, settings.rotation_seed
+@dataclass(frozen=True)
+class _Prepared:
+    """A model that is ready for training."""
+
+    model: PeftModel
+    rotation: RotationPlan | None
+    aware: AwareModel | None = None
+    extension: TrainingExtension | None = None
+
+
+def _prepare(
+    loaded: LoadedModel, settings: FinetuneSettings, targets: list[str], head: str | None
+) -> _Prepared:
+    """Rotate the model if the method does, and attach the adapter."""
+    plan = None
+    if settings.method is Method.ROLORA:
+        names = decoder_names(loaded.model.config)
+        try:
+            plan = draw_adapter_basis(
+                names, settings.adapter, settings.rotation_kind, settings.rotation_seed
+            )
+        except ValueError as error:
+            raise UnsupportedModelError(f"{loaded.name}: {error}") from error
+        rotate_model(loaded, names, plan)
+    model = attach_adapters(
+        loaded.model, settings.adapter, targets, seed=settings.training.seed, head=head
+    )
+    if plan is not None:
+        install_online_rotations(model, plan, names)
+    return _Prepared(model, plan)
+
+
+def _prepare_aware(
+    loaded: LoadedModel, settings: FinetuneSettings, targets: list[str], start: Checkpoint
+) -> _Prepared:
+    """Set the model up to round as a quantized checkpoint does, and attach the adapter."""
+    rotated = start.rotation is not None
+    if rotated != (settings.method is Method.ROLORA):
+        fitting = "rolora" if rotated else "lora or reslora"
+        raise ConfigError(
+            f"--start {start.directory}: that checkpoint is {'' if rotated else 'not '}rotated, so "
+            f"the method must be {fitting}, got {settings.method}"
         )
-    except ValueError as error:
-        raise UnsupportedModelError(f"{loaded.name}: {error}") from error
-    rotate_model(loaded, names, plan)
-    return plan
+    dtype = (
+        torch.bfloat16 if settings.training.precision is Precision.BFLOAT16 else loaded.model.dtype
+    )
+    teacher = None
+    if settings.learn_from is LearnFrom.TEACHER:
+        teacher = make_teacher(loaded.model, dtype)
+    aware = build_aware_model(loaded, start, settings.adapter, targets, seed=settings.training.seed)
+    extension = training_extension(aware, teacher, dtype)
+    return _Prepared(aware.peft_model, start.rotation, aware, extension)
 
 
 def _write_summary(

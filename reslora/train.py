@@ -40,6 +40,7 @@ from reslora.train_arguments import training_arguments
 from reslora.train_report import TrainReport
 from reslora.trainer import AdapterTrainer, FinalValidation, RowDataset
 from reslora.training_data import TrainingData
+from reslora.training_extension import TrainingExtension
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def train_adapter(
     resume: bool,
     *,
     tensorboard: Path | None = None,
+    extension: TrainingExtension | None = None,
 ) -> TrainReport:
     """Train the adapter of a model made by `attach_adapters`, in place.
 
@@ -62,6 +64,7 @@ def train_adapter(
         checkpoint_dir: Where checkpoints go. The final artifact is the caller's to save.
         resume: Continue from the newest complete checkpoint; without one, start at the beginning.
         tensorboard: Where to write curves for TensorBoard; nowhere if None.
+        extension: Another loss than the model's own, and parameters that learn with it.
 
     Returns:
         The report; the model holds the trained adapter, the best validated or the last one as the
@@ -91,6 +94,8 @@ def train_adapter(
         tokens_until.append(tokens_until[-1] + sum(data.train_lengths[index] for index in batch))
 
     fingerprint = _fingerprint(model, data, settings, arguments.world_size)
+    if extension is not None:
+        fingerprint |= extension.identity
     checkpoint = newest_complete(checkpoint_dir, fingerprint) if resume else None
     if not resume:
         refuse_existing(checkpoint_dir)
@@ -113,6 +118,7 @@ def train_adapter(
         callbacks=[progress, *callbacks],
     )
     trainer.fingerprint = fingerprint
+    trainer.extension = extension
     trainer.remove_callback(PrinterCallback)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

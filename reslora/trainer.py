@@ -30,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from reslora.adapter import restore_adapter, save_adapter
 from reslora.attach import attached_config
 from reslora.checkpoints import MARKER_FILE, PREFIX, mark_complete, prune
+from reslora.training_extension import TrainingExtension, restore_extension, save_extension
 
 
 class RowDataset(Dataset[Any]):
@@ -54,6 +55,25 @@ class AdapterTrainer(Trainer):
 
     fingerprint: Mapping[str, Any]
     """What a run that resumes from this one's checkpoints must agree on; set before training."""
+    extension: TrainingExtension | None = None
+    """Another loss than the model's own, and what learns beside the adapter."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the model's own loss, or the extension's, for which outputs have no meaning."""
+        if self.extension is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.extension.loss(model, inputs, num_items_in_batch)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # the items are those of all processes, whose gradients will be averaged
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
 
     def training_step(
         self,
@@ -80,11 +100,18 @@ class AdapterTrainer(Trainer):
             model = _attached(self.model)
             directory = Path(output_dir or str(self.args.output_dir))
             save_adapter(model, attached_config(model), directory)
+            if self.extension is not None:
+                save_extension(self.extension, directory)
+
+    def _restore(self, directory: Path) -> None:
+        restore_adapter(_attached(self.model), directory)
+        if self.extension is not None:
+            restore_extension(self.extension, directory)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        restore_adapter(_attached(self.model), Path(resume_from_checkpoint))
+        self._restore(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(str(self.args.output_dir))
@@ -111,13 +138,13 @@ class AdapterTrainer(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """Take up the state of a run that is over, where the Trainer would train one step more."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        restore_adapter(_attached(self.model), checkpoint)
+        self._restore(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
             self._load_best_model()
 
     def _load_best_model(self) -> None:
         directory = Path(str(self.args.output_dir))
-        restore_adapter(_attached(self.model), directory / f"{PREFIX}{self.state.best_global_step}")
+        self._restore(directory / f"{PREFIX}{self.state.best_global_step}")
 
 
 class FinalValidation(TrainerCallback):

@@ -125,6 +125,16 @@ def quantize_decoder(
     return errors
 
 
+def shared_inputs(names: DecoderNames) -> dict[str, str]:
+    """Return, for every linear of the blocks, the first one that reads the same input."""
+    return {
+        fqn: readers[0]
+        for block in names.blocks
+        for readers in _readers_by_input(block)
+        for fqn in readers
+    }
+
+
 def _readers_by_input(block: BlockNames) -> tuple[tuple[str, ...], ...]:
     """Return the linears of a block in data order, those that share an input together."""
     return (

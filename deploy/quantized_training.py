@@ -1,0 +1,340 @@
+"""Quantization-aware training: an adapter that learns inside a quantized checkpoint.
+
+A checkpoint of `merge-rotate-quantize`, the start, says everything about the format: rotation, bit
+widths, granularities, embedding and head. Its linears are set up to round in every forward pass
+(`rolora.quantization_aware`), with the adapter's change in their weights (`reslora.inside_weight`).
+The adapter and all scales learn, from the task's labels or from the float model's predictions on
+the same tokens. What was trained is packed by setting the same modules up again and reading their
+integers, so both are the same by construction.
+
+    build_aware_model   the start + a float model -> a model that trains through its rounding
+    packed_model        the same, trained -> the model of the new checkpoint
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deploy.architecture import decoder_names
+from deploy.checkpoint import Checkpoint
+from deploy.errors import ArtifactError, ConfigError
+from deploy.loading import LoadedModel
+from deploy.rotate import rotate_model
+from reslora.attach import attach_adapters
+from reslora.batches import IGNORED
+from reslora.config import AdapterConfig
+from reslora.inside_weight import WeightChange, put_inside_weights, require_inside_weight
+from reslora.training_extension import TrainingExtension
+from rolora.decoder import DecoderNames
+from rolora.fold import untie_head
+from rolora.head_loss import Teacher, head_loss
+from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.online import install_online_rotations
+from rolora.quantization_aware import InputQuantizer, QuantizationAwareLinear
+from rolora.quantize import shared_inputs
+
+SCALES_FILE = "quantization.safetensors"
+"""Beside an adapter that was trained through rounding: the scales that were trained with it."""
+
+
+class LearnFrom(StrEnum):
+    """What quantization-aware training learns from."""
+
+    TEACHER = "teacher"
+    """The float model's predictions on the same tokens (KL divergence, LLM-QAT)."""
+    LABELS = "labels"
+    """The tokens of the data (cross-entropy), as training without quantization does."""
+
+
+@dataclass(frozen=True)
+class AwareModel:
+    """A model that rounds as its start does, ready to be trained or packed."""
+
+    peft_model: PeftModel
+    start: Checkpoint
+    names: DecoderNames
+    layers: Mapping[str, QuantizationAwareLinear]
+    """FQN to every quantized linear of the blocks."""
+    head: QuantizedLinear | nn.Linear
+    """The start's; its place in the model is taken by its input quantizer."""
+    head_input: InputQuantizer | None
+
+    def scales(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters beside the adapter, by name; each once."""
+        found: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        quantizers = {fqn: layer.input_quantizer for fqn, layer in self.layers.items()}
+        if self.head_input is not None:
+            quantizers[self.names.head] = self.head_input
+        for fqn, layer in self.layers.items():
+            found[f"{fqn}.weight_scale"] = layer.log_factor
+        for fqn, quantizer in quantizers.items():
+            if quantizer.log_factor.requires_grad and id(quantizer) not in seen:
+                seen.add(id(quantizer))
+                found[f"{fqn}.input"] = quantizer.log_factor
+        return found
+
+
+def open_start(directory: Path, loaded: LoadedModel) -> Checkpoint:
+    """Open the checkpoint that quantization-aware training starts from.
+
+    Raises:
+        ArtifactError: It is damaged, or of another model.
+        StageOrderError: It is no checkpoint.
+        ConfigError: Nothing in it is quantized, or it holds an adapter.
+    """
+    start = Checkpoint(directory)
+    parents = start.manifest.parents
+    if parents.get("model") != loaded.digest:
+        raise ArtifactError(
+            f"{directory}: was made of {start.manifest.config.get('model')} (digest "
+            f"{str(parents.get('model'))[:12]}), but the model given is {loaded.name} (digest "
+            f"{loaded.digest[:12]}); give the model it was made of"
+        )
+    if "adapter" in parents:
+        raise ConfigError(
+            f"{directory}: holds a merged adapter, and quantization-aware training needs the float "
+            "weights it was rounded from; write the merged model with rolora merge --to model, "
+            "quantize that, and start from the result"
+        )
+    if not start.manifest.details.get("linears"):
+        raise ConfigError(
+            f"{directory}: nothing in it is quantized (scheme "
+            f"{start.manifest.details.get('scheme')}); quantize with W4A4, W4A8 or W8A8 first"
+        )
+    return start
+
+
+def build_aware_model(
+    loaded: LoadedModel,
+    start: Checkpoint,
+    config: AdapterConfig,
+    targets: list[str],
+    *,
+    seed: int,
+) -> AwareModel:
+    """Turn a float model into one that rounds like the start and carries a fresh adapter.
+
+    Args:
+        loaded: The start's model, in its own basis; changed in place.
+        start: See `open_start`.
+        config: The adapter: plain LoRA or structure block, without dropout.
+        targets: FQNs of the adapted linears, all of them quantized in the start.
+        seed: Of the adapter's A matrices.
+
+    Raises:
+        ConfigError: The adapter's structure does not fit, or a target is not quantized.
+        ArtifactError: The start does not fit the model.
+    """
+    names = decoder_names(loaded.model.config)
+    try:
+        require_inside_weight(config)
+    except ValueError as error:
+        raise ConfigError(f"quantization-aware training: {error}") from error
+    quantized = start.load_model()
+    _require_quantized(start, quantized, targets)
+    _require_one_basis(start, config, targets, names)
+    with torch.no_grad():
+        if start.rotation is not None:
+            rotate_model(loaded, names, start.rotation)
+        else:
+            untie_head(loaded.model, names)
+    model = loaded.model
+    observed = shared_inputs(names)
+    inputs: dict[str, InputQuantizer] = {}
+    layers: dict[str, QuantizationAwareLinear] = {}
+
+    def aware(fqn: str, base: nn.Linear, change: WeightChange | None) -> nn.Module:
+        theirs = quantized.get_submodule(fqn)
+        if not isinstance(theirs, QuantizedLinear):
+            return base
+        shared = inputs.setdefault(
+            observed[fqn], InputQuantizer(theirs.activation, theirs.input_scale)
+        )
+        layers[fqn] = QuantizationAwareLinear(base.weight, theirs, shared, change)
+        return layers[fqn]
+
+    try:
+        peft_model = attach_adapters(model, config, targets, seed=seed)
+        put_inside_weights(peft_model, aware)
+        for fqn in names.linears():
+            linear = model.get_submodule(fqn)
+            if type(linear) is nn.Linear:
+                model.set_submodule(fqn, aware(fqn, linear, None))
+        if start.rotation is not None:
+            install_online_rotations(peft_model, start.rotation, names)
+    except ValueError as error:
+        raise ConfigError(f"quantization-aware training: {error}") from error
+    embedding = quantized.get_submodule(names.embedding)
+    if isinstance(embedding, QuantizedEmbedding):
+        model.set_submodule(names.embedding, embedding)
+    head = quantized.get_submodule(names.head)
+    head_input = None
+    if isinstance(head, QuantizedLinear):
+        head_input = InputQuantizer(head.activation, head.input_scale)
+    elif not isinstance(head, nn.Linear):
+        raise TypeError(f"{names.head}: expected a linear, got {type(head).__name__}")
+    model.set_submodule(names.head, nn.Identity() if head_input is None else head_input)
+    return AwareModel(peft_model, start, names, layers, head, head_input)
+
+
+def training_extension(
+    aware: AwareModel, teacher: PreTrainedModel | None, dtype: torch.dtype
+) -> TrainingExtension:
+    """Return the loss of the rounded model, and the scales that learn with the adapter.
+
+    Args:
+        aware: The model.
+        teacher: A float model to learn from; None learns from the labels.
+        dtype: Of the products with the head.
+    """
+    loss = _HeadObjective(aware, teacher, dtype)
+    identity = {
+        "start": aware.start.manifest.digest,
+        "learn_from": str(LearnFrom.LABELS if teacher is None else LearnFrom.TEACHER),
+    }
+    return TrainingExtension(loss, aware.scales(), identity)
+
+
+def make_teacher(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Copy a float model as it is now, to be learned from."""
+    teacher = copy.deepcopy(model)
+    nn.Module.to(teacher, dtype=dtype)
+    teacher.requires_grad_(False)
+    teacher.eval()
+    return teacher
+
+
+class _HeadObjective:
+    """Mean loss of the learned tokens, computed at the head (`rolora.head_loss`)."""
+
+    def __init__(
+        self, aware: AwareModel, teacher: PreTrainedModel | None, dtype: torch.dtype
+    ) -> None:
+        head = aware.head
+        weight = head.dequantized_weight() if isinstance(head, QuantizedLinear) else head.weight
+        if head.bias is not None:
+            raise ConfigError(
+                "quantization-aware training: the model's head has a bias, which is not supported"
+            )
+        self._head = weight.detach().to(dtype)
+        self._teacher = teacher
+        if teacher is not None:
+            self._teacher_head = teacher.get_submodule(aware.names.head).weight
+            teacher.set_submodule(aware.names.head, nn.Identity())
+
+    def __call__(
+        self, model: nn.Module, inputs: Mapping[str, Any], items: Tensor | int | None
+    ) -> Tensor:
+        fed = {name: value for name, value in inputs.items() if name != "labels"}
+        labels = inputs["labels"][:, 1:]
+        learned = labels != IGNORED
+        hidden = model(**fed).logits[:, :-1][learned]
+        target: Tensor | Teacher = labels[learned]
+        if self._teacher is not None:
+            with torch.no_grad():
+                theirs = self._teacher(**fed).logits[:, :-1][learned]
+            assert isinstance(self._teacher_head, Tensor)
+            target = Teacher(theirs, self._teacher_head)
+        total = head_loss(hidden.float(), self._head.to(hidden.device), target)
+        return total / (learned.sum() if items is None else items)
+
+
+def save_scales(aware: AwareModel, directory: Path) -> None:
+    """Write the trained scales beside the adapter."""
+    tensors = {name: each.detach().cpu().clone() for name, each in aware.scales().items()}
+    save_file(tensors, directory / SCALES_FILE)
+
+
+def restore_scales(aware: AwareModel, directory: Path) -> None:
+    """Read trained scales back, in place.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or of another start.
+    """
+    path = directory / SCALES_FILE
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: {error}; train the adapter again") from error
+    scales = aware.scales()
+    wanted = {name: tuple(each.shape) for name, each in scales.items()}
+    if wanted != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise ArtifactError(f"{path}: scales of another checkpoint than the start given")
+    for name, parameter in scales.items():
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ArtifactError(f"{path}: {name} is not finite; train with a lower learning rate")
+        parameter.data.copy_(tensors[name])
+
+
+@torch.no_grad()
+def packed_model(aware: AwareModel) -> PreTrainedModel:
+    """Return the start's model with the integers, scales and clip ratios that were trained."""
+    model = aware.start.load_model()
+    for fqn, layer in aware.layers.items():
+        _replace(model, fqn, layer.integers(), layer.scale(), layer.input_quantizer)
+    if aware.head_input is not None and isinstance(aware.head, QuantizedLinear):
+        head = aware.head
+        _replace(model, aware.names.head, head.weight, head.weight_scale, aware.head_input)
+    return model
+
+
+def _replace(
+    model: PreTrainedModel, fqn: str, q: Tensor, scale: Tensor, quantizer: InputQuantizer
+) -> None:
+    old = model.get_submodule(fqn)
+    assert isinstance(old, QuantizedLinear)
+    new = QuantizedLinear(
+        q.cpu(),
+        scale.detach().cpu().clone(),
+        old.bias,
+        old.weight_spec,
+        quantizer.trained_spec(),
+        quantizer.value().detach().cpu().clone() if quantizer.static else None,
+    )
+    for hook in old._forward_pre_hooks.values():
+        new.register_forward_pre_hook(hook)
+    model.set_submodule(fqn, new)
+
+
+def _require_quantized(start: Checkpoint, quantized: nn.Module, targets: list[str]) -> None:
+    floats = [
+        fqn for fqn in targets if not isinstance(quantized.get_submodule(fqn), QuantizedLinear)
+    ]
+    if floats:
+        raise ConfigError(
+            f"{start.directory}: {floats[0]} is not quantized there, so no adapter can learn to be "
+            "rounded in it; leave it out of --targets"
+        )
+
+
+def _require_one_basis(
+    start: Checkpoint, config: AdapterConfig, targets: list[str], names: DecoderNames
+) -> None:
+    """Refuse a shortcut between layers whose R2 differ (see `adapter_basis`)."""
+    r2 = None if start.rotation is None else start.rotation.r2
+    if (
+        config.reach == 0
+        or r2 is None
+        or all(torch.equal(r2[0].dense(), each.dense()) for each in r2)
+    ):
+        return
+    mixed = {fqn for block in names.blocks for fqn in (block.value, block.output)}
+    if clash := sorted(mixed & set(targets)):
+        raise ConfigError(
+            f"{start.directory}: every layer has an R2 of its own, and a shortcut at {clash[0]} "
+            "would mix their bases; quantize the start with --rotate r1,r4, or leave v and o out "
+            "of --targets"
+        )
