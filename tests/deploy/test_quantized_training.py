@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import deploy.finetune
 from deploy.adapter_artifact import open_adapter, open_trained_adapter
 from deploy.artifact import read_manifest
 from deploy.checkpoint import Checkpoint
@@ -145,6 +146,28 @@ def test_training_from_the_teacher_and_from_labels_differ(
     finetune(settings_for(model, data, start, learn_from=LearnFrom.LABELS), tmp_path / "labels")
     manifests = [read_manifest(each) for each in (trained, tmp_path / "labels")]
     assert manifests[0].digest != manifests[1].digest
+
+
+def test_a_resumed_run_ends_with_the_same_adapter_and_scales(
+    model: Path, data: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(model, data, start)
+    settings = replace(settings, training=replace(settings.training, save_every=2, max_steps=4))
+    whole = finetune(settings, tmp_path / "whole")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy.finetune, "save_adapter", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.training" / "checkpoint-4")
+    resumed = finetune(settings, tmp_path / "out", resume=True)
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.to_dict()["training"]["resumed_from_step"] == 2
+    assert resumed.manifest.digest == whole.manifest.digest
 
 
 def test_block_shortcuts_are_packed_too(model: Path, data: Path, tmp_path: Path) -> None:
