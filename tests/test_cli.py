@@ -24,6 +24,7 @@ from deploy.finetune_tasks import TrainingTask
 from deploy.kernels import Kernel
 from deploy.merge import Destination, FloatType
 from deploy.presets import PRESETS, Preset
+from deploy.quantized_training import LearnFrom
 from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
 from reslora.merge import MergeMethod
@@ -615,6 +616,7 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.DtypeName, FloatType),
         (cli.KindName, RotationKind),
         (cli.WeightsName, WeightMethod),
+        (cli.LearnFromName, LearnFrom),
         (cli.FormatName, ExportFormat),
         (cli.TargetName, Target),
         (cli.KernelName, Kernel),
