@@ -19,7 +19,7 @@ from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidd
 from deploy.checkpoint import Checkpoint
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
-from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
+from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.linear_ops import (
     QuantizedInput,
     float_linear,
@@ -257,7 +257,7 @@ class DecoderGraph:
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
         """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""
         linear = self.checkpoint.linear(fqn)
-        if linear.activation is None or self.form.kernel is Kernel.NBITS:
+        if linear.activation is None or self.form.takes_nbits(linear):
             return None
         if linear.activation.granularity is Granularity.GROUP:
             return None

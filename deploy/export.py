@@ -37,7 +37,7 @@ from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.genai_config import genai_config
 from deploy.graph_builder import stored_initializers
-from deploy.kernels import HEAD_GRAPH, GraphForm, Kernel, graph_forms
+from deploy.kernels import GraphForm, Kernel, graph_forms
 from deploy.language_model import load_tokenizer
 from deploy.memory import peak_memory_bytes
 from deploy.parity import DECODE_STEPS, PROMPT_TOKENS, check_parity
@@ -166,7 +166,7 @@ def write_graphs(
     for form in forms:
         progress(f"writing {form.file}")
         graph = DecoderGraph(checkpoint, form, stored)
-        model = graph.build_head() if form is HEAD_GRAPH else graph.build()
+        model = graph.build_head() if form.head_only else graph.build()
         ir.save(
             model,
             directory / form.file,

@@ -12,6 +12,9 @@ from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
 from rolora.decoder import DecoderNames
 
+PROMPT_CHUNK = 128
+"""Tokens of a prompt that go through the model at a time. Attention multiplies a chunk by the tokens
+up to its end only, not by all of the prompt, and its scores stay in the processor's cache."""
 PIPELINE_TYPE = "decoder-pipeline"
 """Model type under which onnxruntime-genai runs a graph per phase over one cache."""
 
@@ -33,6 +36,7 @@ def genai_config(
     Returns:
         The content of `genai_config.json`.
     """
+    decoders = [form for form in forms if not form.head_only]
     generation = _generation_config(config, directory)
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
@@ -44,11 +48,11 @@ def genai_config(
             "eos_token_id": _first_id(end, 0),
             "pad_token_id": _first_id(pad, first_end, 0),
             "context_length": config.max_position_embeddings,
-            "type": config.model_type if len(forms) == 1 else PIPELINE_TYPE,
+            "type": config.model_type if len(decoders) == 1 else PIPELINE_TYPE,
             "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                **_graphs(forms, len(names.blocks)),
+                **_graphs(decoders, len(names.blocks)),
                 "head_size": names.head_dim,
                 "hidden_size": names.hidden_size,
                 "num_attention_heads": names.num_heads,
@@ -82,6 +86,7 @@ def genai_config(
             "min_length": 0,
             "max_length": config.max_position_embeddings,
             "past_present_share_buffer": True,
+            "chunk_size": PROMPT_CHUNK,
         },
     }
 

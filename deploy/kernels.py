@@ -4,9 +4,17 @@
               are integer matrix products
     nbits     one graph; MatMulNBits at accuracy level 4, which quantizes activations to 8 bits per
               block of input columns itself
-    auto      integer products for prompts, where they are two to three times as fast, MatMulNBits
-              for single tokens, where it needs the fewest nodes: a graph each, one set of weights
+    auto      what measured best for the scheme
 
+A single token costs what its weights cost to read, a prompt what its products cost. Integer kernels
+hold 8 bits per weight whatever the file has. So, in `auto`:
+
+    weights of 8 bits   one graph of integer products, the fastest for prompts and for single tokens
+    weights of 4 bits   integer products for prompts; for single tokens MatMulNBits, which reads half
+                        the bytes, and integer products where a weight has 8 bits (the head): a
+                        graph each, one set of weights
+
+Both compute the logits of a prompt's last token only; the head by itself gives those of the others.
 Where both kernels would give the same graph (float models, weights in groups), or MatMulNBits would
 not keep the scheme (activations below 8 bits), `auto` is the one graph of `integer`.
 """
@@ -16,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from deploy.checkpoint import Checkpoint
+from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.errors import UnsupportedModelError
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
 from rolora.scheme import Granularity
@@ -40,18 +48,31 @@ class GraphForm:
     file: str
     kernel: Kernel
     """INTEGER or NBITS."""
+    four_bits_only: bool = False
+    """NBITS multiplies weights of 4 bits only; those of more take integer products."""
     blocked: bool = False
     """Integer kernels unpack the weights of MatMulNBits, when the graph is loaded."""
     last_logits: bool = False
     """Logits of each sequence's last token only; the hidden states of all are a further output."""
 
+    @property
+    def head_only(self) -> bool:
+        """Whether the graph is no decoder, but its head."""
+        return self.file == HEAD_NAME
+
+    def takes_nbits(self, linear: StoredLinear) -> bool:
+        """Return whether MatMulNBits multiplies a quantized linear without groups."""
+        return self.kernel is Kernel.NBITS and (linear.weight.bits == 4 or not self.four_bits_only)
+
 
 ONE_INTEGER_GRAPH = GraphForm(GRAPH_NAME, Kernel.INTEGER)
 ONE_NBITS_GRAPH = GraphForm(GRAPH_NAME, Kernel.NBITS)
-TOKEN_GRAPH = GraphForm(TOKEN_NAME, Kernel.NBITS)
+LAST_INTEGER_GRAPH = GraphForm(GRAPH_NAME, Kernel.INTEGER, last_logits=True)
+TOKEN_GRAPH = GraphForm(TOKEN_NAME, Kernel.NBITS, four_bits_only=True, blocked=True)
 PROMPT_GRAPH = GraphForm(PROMPT_NAME, Kernel.INTEGER, blocked=True, last_logits=True)
-HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER, blocked=True)
-"""The prompt graph's head by itself, for callers that want the logits of every position."""
+HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER)
+BLOCKED_HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER, blocked=True)
+"""The head by itself, for callers that want the logits of every position of a prompt."""
 
 
 def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]:
@@ -81,4 +102,6 @@ def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]
         return (ONE_NBITS_GRAPH,)
     if kernel is Kernel.INTEGER or bits != NBITS_ACTIVATION_BITS or grouped:
         return (ONE_INTEGER_GRAPH,)
-    return TOKEN_GRAPH, PROMPT_GRAPH, HEAD_GRAPH
+    if any(checkpoint.linear(fqn).weight.bits == 4 for fqn in names.linears()):
+        return TOKEN_GRAPH, PROMPT_GRAPH, BLOCKED_HEAD_GRAPH
+    return LAST_INTEGER_GRAPH, HEAD_GRAPH

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from deploy.blocked_weights import blocked_layout, unpack_blocks
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.errors import ParityError
-from deploy.kernels import HEAD_GRAPH, ONE_INTEGER_GRAPH, GraphForm, Kernel
+from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
 from deploy.session import OnnxDecoder
 from rolora.linear import QuantizedLinear
 
@@ -102,7 +102,7 @@ def check_parity(
     model = checkpoint.load_model()
     expected = _torch_logits(model, ids)
     floor = noise_floor(model, checkpoint.names.embedding, ids, expected)
-    by_nbits = [form.kernel is Kernel.NBITS for form in forms if form is not HEAD_GRAPH]
+    by_nbits = [form.kernel is Kernel.NBITS for form in forms if not form.head_only]
     float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
     del model
     with OnnxDecoder(directory) as decoder:
@@ -204,7 +204,7 @@ def check_exact_weights(
             checkpoint,
             directory,
             form,
-            (names.head,) if form is HEAD_GRAPH else (*names.linears(), names.head),
+            (names.head,) if form.head_only else (*names.linears(), names.head),
         )
         for form in forms
     ]
@@ -263,7 +263,7 @@ def _stored_integers(
 ) -> np.ndarray:
     """Return the integers of an initializer as int8 [out, in], whichever kernel's layout it has."""
     grouped = linears[0].weight.group_size is not None
-    if not (grouped or form.blocked or form.kernel is Kernel.NBITS):
+    if not (grouped or form.blocked or form.takes_nbits(linears[0])):
         return tensor.numpy().astype(np.int8).T
     return unpack_blocks(np.frombuffer(tensor.tobytes(), np.uint8), blocked_layout(linears))
 

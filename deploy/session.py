@@ -43,9 +43,11 @@ class OnnxDecoder:
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
         try:
-            model = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))["model"]
+            described = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))
+            model = described["model"]
             decoder = model["decoder"]
             phased = "pipeline" in decoder
+            self._chunk = int(described["search"].get("chunk_size") or 0)
             self._layers = int(decoder["num_hidden_layers"])
             self._kv_heads = int(decoder["num_key_value_heads"])
             self._head_size = int(decoder["head_size"])
@@ -61,6 +63,7 @@ class OnnxDecoder:
         self._directory, self._threads = directory, threads
         self._prompt = self._open(PROMPT_NAME if phased else GRAPH_NAME)
         self._token = self._open(TOKEN_NAME) if phased else self._prompt
+        self._last_logits = HIDDEN_NAME in (node.name for node in self._prompt.get_outputs())
         self._head: ort.InferenceSession | None = None
         self._cache: dict[str, ort.OrtValue] = {}
         self._capacity = self._batch = 0
@@ -151,21 +154,27 @@ class OnnxDecoder:
                 f"{batch} sequences can go on by one token at a time, asked for {count}"
             )
         added = np.full(batch, count, np.int64) if lengths is None else lengths
+        if batch == 1 and 0 < self._chunk < count == added[0]:
+            parts = -(-count // self._chunk)
+            ends = [count * part // parts for part in range(parts + 1)]
+            logits = [
+                self.append(ids[:, start:end], last_only=last_only)
+                for start, end in zip(ends, ends[1:], strict=False)
+            ]
+            return logits[-1] if last_only else np.concatenate(logits, axis=1)
         self._lengths = self._lengths + added
         mask = np.arange(held + count) < self._lengths[:, None]
         if count == 1:
             return self._run(self._token, ids, mask, "logits")
-        if self._token is self._prompt:
+        if last_only or not self._last_logits:
             logits = self._run(self._prompt, ids, mask, "logits")
             if last_only and logits.shape[1] > 1:  # a graph may compute no others
                 logits = np.take_along_axis(logits, (added - 1)[:, None, None], axis=1)
             return logits
-        if last_only:
-            return self._run(self._prompt, ids, mask, "logits")
         hidden = self._run(self._prompt, ids, mask, HIDDEN_NAME)
         if self._head is None:
             self._head = self._open(HEAD_NAME)
-        found: np.ndarray = self._head.run(["logits"], {HIDDEN_NAME: hidden})[0]
+        found = self._head.run(["logits"], {HIDDEN_NAME: hidden})[0]
         return found
 
     def _run(
