@@ -13,8 +13,10 @@ from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
 from rolora.decoder import DecoderNames
 
 PROMPT_CHUNK = 128
-"""Tokens of a prompt that go through the model at a time. Attention multiplies a chunk by the tokens
-up to its end only, not by all of the prompt, and its scores stay in the processor's cache."""
+"""Tokens of a prompt that go through the model at a time.
+
+Attention multiplies a chunk by the tokens up to its end only, not by all of the prompt.
+"""
 PIPELINE_TYPE = "decoder-pipeline"
 """Model type under which onnxruntime-genai runs a graph per phase over one cache."""
 

@@ -174,8 +174,8 @@ class OnnxDecoder:
         hidden = self._run(self._prompt, ids, mask, HIDDEN_NAME)
         if self._head is None:
             self._head = self._open(HEAD_NAME)
-        found = self._head.run(["logits"], {HIDDEN_NAME: hidden})[0]
-        return found
+        every: np.ndarray = self._head.run(["logits"], {HIDDEN_NAME: hidden})[0]
+        return every
 
     def _run(
         self, session: ort.InferenceSession, ids: np.ndarray, mask: np.ndarray, output: str
