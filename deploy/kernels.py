@@ -10,8 +10,8 @@ A single token costs what its weights cost to read, a prompt what its products c
 hold 8 bits per weight whatever the file has. So, in `auto`:
 
     weights of 8 bits   one graph of integer products, the fastest for prompts and for single tokens
-    weights of 4 bits   integer products for prompts; for single tokens MatMulNBits, which reads half
-                        the bytes, and integer products where a weight has 8 bits (the head): a
+    weights of 4 bits   integer products for prompts; for single tokens MatMulNBits, which reads
+                        half the bytes, and integer products where a weight has 8 bits (the head): a
                         graph each, one set of weights
 
 Both compute the logits of a prompt's last token only; the head by itself gives those of the others.

@@ -13,6 +13,7 @@ This module needs numpy and onnxruntime only.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -158,8 +159,7 @@ class OnnxDecoder:
             parts = -(-count // self._chunk)
             ends = [count * part // parts for part in range(parts + 1)]
             logits = [
-                self.append(ids[:, start:end], last_only=last_only)
-                for start, end in zip(ends, ends[1:], strict=False)
+                self.append(ids[:, start:end], last_only=last_only) for start, end in pairwise(ends)
             ]
             return logits[-1] if last_only else np.concatenate(logits, axis=1)
         self._lengths = self._lengths + added
