@@ -13,10 +13,11 @@ hold 8 bits per weight whatever the file has. So, in `auto`:
     weights of 4 bits   integer products for prompts; for single tokens MatMulNBits, which reads
                         half the bytes, and integer products where a weight has 8 bits (the head): a
                         graph each, one set of weights
+    everything else     one graph, since both kernels would give the same (weights in groups) or
+                        MatMulNBits would not keep the scheme (activations below 8 bits)
 
-Both compute the logits of a prompt's last token only; the head by itself gives those of the others.
-Where both kernels would give the same graph (float models, weights in groups), or MatMulNBits would
-not keep the scheme (activations below 8 bits), `auto` is the one graph of `integer`.
+All compute the logits of a prompt's last token only; the head by itself gives those of the others.
+A float model is the one graph of `integer`, which computes them all.
 """
 
 from __future__ import annotations
@@ -100,8 +101,10 @@ def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]
                 f"quantize with W8A8 or W4A8"
             )
         return (ONE_NBITS_GRAPH,)
-    if kernel is Kernel.INTEGER or bits != NBITS_ACTIVATION_BITS or grouped:
+    if kernel is Kernel.INTEGER or bits is None:
         return (ONE_INTEGER_GRAPH,)
+    if bits != NBITS_ACTIVATION_BITS or grouped:
+        return LAST_INTEGER_GRAPH, HEAD_GRAPH
     if any(checkpoint.linear(fqn).weight.bits == 4 for fqn in names.linears()):
         return TOKEN_GRAPH, PROMPT_GRAPH, BLOCKED_HEAD_GRAPH
     return LAST_INTEGER_GRAPH, HEAD_GRAPH

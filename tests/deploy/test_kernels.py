@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from deploy.bench import BenchSettings, bench_onnx
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ParityError, UnsupportedModelError
 from deploy.export import DATA_NAME
+from deploy.genai_config import PROMPT_CHUNK
 from deploy.kernels import Kernel, graph_forms
 from deploy.language_model import open_language_model
 from deploy.parity import check_exact_weights, relative_error
@@ -37,7 +39,12 @@ from tests.deploy.tiny_artifacts import (
 )
 
 IDS = np.arange(30, 94)
-PHASES = {PROMPT_NAME, TOKEN_NAME, HEAD_NAME}
+HEAD_KEYS = ("lm_head.weight_scale",)
+PHASES = {
+    "W8A8": {GRAPH_NAME, HEAD_NAME},
+    "W4A8": {PROMPT_NAME, TOKEN_NAME, HEAD_NAME},
+}
+"""The graphs of `auto`."""
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +74,10 @@ def test_the_graphs_share_one_file_of_weights(
     scheme: str, checkpoints: dict[str, Path], exports: dict[str, Path], tmp_path: Path
 ) -> None:
     files = {path.name for path in exports[scheme].iterdir()}
-    assert {name for name in files if ".onnx" in name} == PHASES | {DATA_NAME}
+    assert {name for name in files if ".onnx" in name} == PHASES[scheme] | {DATA_NAME}
     verify_files(exports[scheme])
     places = {}
-    for name in sorted(PHASES):
+    for name in sorted(PHASES[scheme]):
         graph = onnx.load(exports[scheme] / name, load_external_data=False).graph
         for tensor in graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -103,7 +110,7 @@ def test_the_prompt_graph_computes_what_the_one_integer_graph_does(
 
 
 def test_single_tokens_run_on_the_token_graph_over_the_same_cache(exports: dict[str, Path]) -> None:
-    with OnnxDecoder(exports["W8A8"], threads=1) as decoder:
+    with OnnxDecoder(exports["W4A8"], threads=1) as decoder:
         whole = decoder.logits(IDS)
         decoder.start(capacity=64)
         parts = [decoder.append(IDS[None, :40])[0]]
@@ -117,8 +124,11 @@ def test_single_tokens_run_on_the_token_graph_over_the_same_cache(exports: dict[
     assert relative_error(swapped[:20], whole[40:60]) > 0.3, "the bound tells positions apart"
 
 
-def test_the_last_token_of_a_padded_prompt_is_found(exports: dict[str, Path]) -> None:
-    session = ort.InferenceSession(str(exports["W8A8"] / PROMPT_NAME))
+@pytest.mark.parametrize(("scheme", "name"), [("W8A8", GRAPH_NAME), ("W4A8", PROMPT_NAME)])
+def test_the_last_token_of_a_padded_prompt_is_found(
+    scheme: str, name: str, exports: dict[str, Path]
+) -> None:
+    session = ort.InferenceSession(str(exports[scheme] / name))
     cache = {
         node.name: np.zeros((2, node.shape[1], 0, node.shape[3]), np.float32)
         for node in session.get_inputs()
@@ -127,7 +137,7 @@ def test_the_last_token_of_a_padded_prompt_is_found(exports: dict[str, Path]) ->
     ids = np.stack([IDS[:8], np.concatenate([IDS[:5], np.zeros(3, np.int64)])])
     mask = np.array([[1] * 8, [1] * 5 + [0] * 3])
     both = session.run(["logits"], {"input_ids": ids, "attention_mask": mask} | cache)[0]
-    with OnnxDecoder(exports["W8A8"], threads=1) as decoder:
+    with OnnxDecoder(exports[scheme], threads=1) as decoder:
         for row, length in ((0, 8), (1, 5)):
             expected = decoder.logits(IDS[:length])[-1]
             np.testing.assert_allclose(both[row, 0], expected, rtol=0, atol=1e-4)
@@ -164,17 +174,55 @@ def test_bench_evaluate_and_the_example_take_a_directory_with_phases(
     assert result.stdout.strip()
 
 
-def test_what_no_second_graph_would_help_is_one_graph(checkpoints: dict[str, Path]) -> None:
-    for name, kernel in (
-        ("W4A4", Kernel.AUTO),
-        ("FP32", Kernel.AUTO),
-        ("W8A8", Kernel.INTEGER),
-        ("W8A8", Kernel.NBITS),
-    ):
-        with Checkpoint(checkpoints[name]) as checkpoint:
-            forms = graph_forms(checkpoint, kernel)
-        assert [form.file for form in forms] == [GRAPH_NAME], name
-        assert (forms[0].kernel is Kernel.NBITS) == (kernel is Kernel.NBITS)
+@pytest.mark.parametrize(
+    ("name", "kernel", "files"),
+    [
+        ("FP32", Kernel.AUTO, [GRAPH_NAME]),
+        ("W8A8", Kernel.INTEGER, [GRAPH_NAME]),
+        ("W8A8", Kernel.NBITS, [GRAPH_NAME]),
+        ("W8A8", Kernel.AUTO, [GRAPH_NAME, HEAD_NAME]),
+        ("W4A4", Kernel.AUTO, [GRAPH_NAME, HEAD_NAME]),
+        ("W4A8", Kernel.AUTO, [TOKEN_NAME, PROMPT_NAME, HEAD_NAME]),
+    ],
+)
+def test_a_scheme_gets_the_graphs_that_help_it(
+    name: str, kernel: Kernel, files: list[str], checkpoints: dict[str, Path]
+) -> None:
+    with Checkpoint(checkpoints[name]) as checkpoint:
+        forms = graph_forms(checkpoint, kernel)
+    assert [form.file for form in forms] == files
+    assert (forms[0].kernel is Kernel.NBITS) == (
+        kernel is Kernel.NBITS or forms[0].file == TOKEN_NAME
+    )
+
+
+def test_the_token_graph_keeps_the_integer_head(exports: dict[str, Path]) -> None:
+    graph = onnx.load(exports["W4A8"] / TOKEN_NAME, load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("MatMulNBits") == 2 * 5, "qkv, o, gate, up, down"
+    assert operators.count("MatMulIntegerToFloat") == 1, "the head, whose weights have 8 bits"
+
+
+def test_a_long_prompt_goes_through_in_chunks(exports: dict[str, Path]) -> None:
+    with OnnxDecoder(exports["W8A8"], threads=1) as decoder:
+        assert decoder._chunk == PROMPT_CHUNK
+        decoder._chunk = 24  # the tiny model reads no prompt that is longer than a real chunk
+        lengths: list[int] = []
+        run = decoder._run
+
+        def count(session: ort.InferenceSession, ids: np.ndarray, *rest: Any) -> np.ndarray:
+            lengths.append(ids.shape[1])
+            return run(session, ids, *rest)
+
+        decoder._run = count  # type: ignore[method-assign]
+        every = decoder.logits(IDS)
+        assert lengths == [21, 21, 22]
+        decoder.start(capacity=64)
+        last = decoder.append(IDS[None], last_only=True)
+    with OnnxDecoder(exports["W8A8-integer"], threads=1) as decoder:
+        expected = decoder.logits(IDS)
+    np.testing.assert_allclose(every, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(last[0, 0], expected[-1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["W4A4", "FP32"])
@@ -220,7 +268,7 @@ def test_a_fault_in_either_graph_ends_the_export(
 ) -> None:
     put_fault_in_export(monkeypatch, file, fault)
     with pytest.raises(ParityError, match="departs from the torch reference"):
-        make_export(checkpoints["W8A8"], tmp_path / "onnx", Kernel.AUTO)
+        make_export(checkpoints["W4A8"], tmp_path / "onnx", Kernel.AUTO)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,7 +278,8 @@ def test_a_changed_number_is_found_in_every_graph(
     scheme: str, key: str, checkpoints: dict[str, Path], exports: dict[str, Path], tmp_path: Path
 ) -> None:
     copy = shutil.copytree(exports[scheme], tmp_path / "copy")
-    graph = onnx.load(copy / TOKEN_NAME, load_external_data=False).graph
+    owner = GRAPH_NAME if scheme == "W8A8" else TOKEN_NAME
+    graph = onnx.load(copy / owner, load_external_data=False).graph
     tensor = next(tensor for tensor in graph.initializer if tensor.name == key)
     offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
     data = bytearray((copy / DATA_NAME).read_bytes())
@@ -239,13 +288,15 @@ def test_a_changed_number_is_found_in_every_graph(
     with Checkpoint(checkpoints[scheme]) as checkpoint:
         forms = graph_forms(checkpoint, Kernel.AUTO)
         assert check_exact_weights(checkpoint, exports[scheme], forms) == 15
-        for form in forms[:2]:
+        for form in forms:
+            if form.head_only and key not in HEAD_KEYS:
+                continue
             with pytest.raises(ParityError, match=rf"{form.file}: {key}.*not the checkpoint's"):
                 check_exact_weights(checkpoint, copy, [form])
 
 
 def test_a_missing_phase_is_named(exports: dict[str, Path], tmp_path: Path) -> None:
-    copy = shutil.copytree(exports["W8A8"], tmp_path / "copy")
+    copy = shutil.copytree(exports["W4A8"], tmp_path / "copy")
     genai = json.loads((copy / GENAI_CONFIG_NAME).read_text())["model"]
     assert genai["type"] == "decoder-pipeline"
     (copy / HEAD_NAME).unlink()
