@@ -203,7 +203,9 @@ def test_the_token_graph_keeps_the_integer_head(exports: dict[str, Path]) -> Non
     assert operators.count("MatMulIntegerToFloat") == 1, "the head, whose weights have 8 bits"
 
 
-def test_a_long_prompt_goes_through_in_chunks(exports: dict[str, Path]) -> None:
+def test_a_long_prompt_goes_through_in_chunks(
+    exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with OnnxDecoder(exports["W8A8"], threads=1) as decoder:
         assert decoder._chunk == PROMPT_CHUNK
         decoder._chunk = 24  # the tiny model reads no prompt that is longer than a real chunk
@@ -214,7 +216,7 @@ def test_a_long_prompt_goes_through_in_chunks(exports: dict[str, Path]) -> None:
             lengths.append(ids.shape[1])
             return run(session, ids, *rest)
 
-        decoder._run = count  # type: ignore[method-assign]
+        monkeypatch.setattr(decoder, "_run", count)
         every = decoder.logits(IDS)
         assert lengths == [21, 21, 22]
         decoder.start(capacity=64)
