@@ -158,10 +158,10 @@ class OnnxDecoder:
         if batch == 1 and 0 < self._chunk < count == added[0]:
             parts = -(-count // self._chunk)
             ends = [count * part // parts for part in range(parts + 1)]
-            logits = [
+            found = [
                 self.append(ids[:, start:end], last_only=last_only) for start, end in pairwise(ends)
             ]
-            return logits[-1] if last_only else np.concatenate(logits, axis=1)
+            return found[-1] if last_only else np.concatenate(found, axis=1)
         self._lengths = self._lengths + added
         mask = np.arange(held + count) < self._lengths[:, None]
         if count == 1:
