@@ -1,4 +1,4 @@
-r"""LoRA before, after and without rotation, and through the rounding, at equal training, over seeds.
+r"""LoRA before, after, without rotation, and through the rounding, at equal training, over seeds.
 
     python benchmarks/rolora/compare.py train   --train TRAIN --calibration TEXT --seeds 0 1 2
     python benchmarks/rolora/compare.py measure --calibration TEXT --test TEST --text WIKI \
