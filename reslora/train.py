@@ -36,6 +36,7 @@ from reslora.checkpoints import had_finished, newest_complete, refuse_existing, 
 from reslora.live_chain import recompute_contexts
 from reslora.progress import TrainingProgress
 from reslora.settings import TrainSettings
+from reslora.sharding import hidden_from_accelerate, shard_frozen, sharding_wanted
 from reslora.train_arguments import training_arguments
 from reslora.train_report import TrainReport
 from reslora.trainer import AdapterTrainer, FinalValidation, RowDataset
@@ -75,7 +76,7 @@ def train_adapter(
             not finite (names the step), a checkpoint directory that belongs to another run, or
             TensorBoard is asked for and not installed.
     """
-    _refuse_sharding()
+    sharded = sharding_wanted()
     arguments = training_arguments(settings, data, checkpoint_dir)
     callbacks: list[TrainerCallback] = []
     if tensorboard is not None:
@@ -105,18 +106,21 @@ def train_adapter(
 
     _declare_float(model)
     _warn_if_alone(arguments.world_size)
+    if sharded:
+        shard_frozen(model, arguments.device, arguments.world_size)
     progress = TrainingProgress(tokens_until)
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        data_collator=data.collate,
-        train_dataset=RowDataset(data.train, order),
-        eval_dataset=RowDataset(data.validation, range(len(data.validation)))
-        if data.validation
-        else None,
-        compute_metrics=data.measure,
-        callbacks=[progress, *callbacks],
-    )
+    with hidden_from_accelerate():
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            data_collator=data.collate,
+            train_dataset=RowDataset(data.train, order),
+            eval_dataset=RowDataset(data.validation, range(len(data.validation)))
+            if data.validation
+            else None,
+            compute_metrics=data.measure,
+            callbacks=[progress, *callbacks],
+        )
     trainer.fingerprint = fingerprint
     trainer.extension = extension
     trainer.remove_callback(PrinterCallback)
@@ -191,25 +195,6 @@ def _tensorboard(directory: Path) -> TensorBoardCallback:
     callback = TensorBoardCallback()
     callback.logging_dir = str(directory)
     return callback
-
-
-def _refuse_sharding() -> None:
-    """Refuse to train with sharded parameters.
-
-    A layer of structure `block` reads the factors of other layers of its chain, outside of these
-    layers' own forward pass, for which FSDP and ZeRO-3 gather a layer's parameters. ZeRO-1 and
-    ZeRO-2 leave parameters whole, but train here untested, so DeepSpeed is refused altogether.
-
-    Raises:
-        ValueError: accelerate was told to use FSDP or DeepSpeed.
-    """
-    for plugin in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
-            raise ValueError(
-                f"accelerate is set up for {plugin}, which can shard parameters: a block shortcut "
-                "needs the whole factors of other layers, and adapters are saved and restored "
-                "whole; use `accelerate launch --multi_gpu`, where every process holds the model"
-            )
 
 
 def _warn_if_alone(processes: int) -> None:

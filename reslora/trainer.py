@@ -30,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from reslora.adapter import restore_adapter, save_adapter
 from reslora.attach import attached_config
 from reslora.checkpoints import MARKER_FILE, PREFIX, mark_complete, prune
+from reslora.sharding import average_trained, is_sharded
 from reslora.training_extension import TrainingExtension, restore_extension, save_extension
 
 
@@ -75,6 +76,20 @@ class AdapterTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # else it is there, and cannot be moved
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: Any = None
+    ) -> nn.Module:
+        if training and is_sharded(model):
+            # accelerate puts autocast on, but averages no gradients beside sharded parameters
+            prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
+            return average_trained(prepared, self.args.device)
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        return wrapped
+
     def training_step(
         self,
         model: nn.Module,
@@ -94,7 +109,7 @@ class AdapterTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        # transformers gathers it from sharded parameters only, which train_adapter refuses
+        # transformers gathers it from sharded parameters only, and an adapter's are whole
         del state_dict
         if self.args.should_save:
             model = _attached(self.model)
