@@ -6,8 +6,8 @@ adapter and the optimizer, checkpoints and adapters on disk hold plain tensors. 
 would not do: a layer of structure `block` reads the factors of other layers of its chain, outside
 of the forward pass for which FSDP gathers these layers' parameters.
 
-`accelerate launch --use_fsdp --fsdp_version 2` asks for it. accelerate itself shards on accelerators
-only, and all parameters; here torch's `fully_shard` does it, on CPUs too, where gloo carries it.
+`accelerate launch --use_fsdp --fsdp_version 2` asks for it. accelerate itself shards on GPUs only,
+and all parameters; here torch's `fully_shard` does it, on CPUs too, where gloo carries it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -93,14 +94,20 @@ def shard_frozen(model: PeftModel, device: torch.device, processes: int) -> None
         processes: How many there are.
 
     Raises:
-        ValueError: There is one process only.
+        ValueError: There is one process only, or the model does not name its blocks.
     """
     if processes < 2:
         raise ValueError(
             "accelerate is set up for FSDP and started one process, which has nothing to share "
             "out: start more, --num_processes 2, or leave --use_fsdp out"
         )
-    blocks = set(model.get_base_model()._no_split_modules or ())
+    base: Any = model.get_base_model()
+    blocks = set(base._no_split_modules or ())
+    if not blocks:
+        raise ValueError(
+            f"FSDP gathers a model block by block, and {type(base).__name__} names no blocks "
+            "(`_no_split_modules`): use `accelerate launch --multi_gpu`"
+        )
     mesh = init_device_mesh(device.type, (processes,))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -117,6 +124,12 @@ def shard_frozen(model: PeftModel, device: torch.device, processes: int) -> None
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether `shard_frozen` was called with the model."""
     return isinstance(model, FSDPModule)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Drop what was gathered for a forward pass that no backward pass followed, if sharded."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def held_parameters(model: nn.Module) -> int:

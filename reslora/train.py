@@ -8,7 +8,8 @@ Invariant: for equal inputs, settings, number of processes and library versions 
 that is killed and resumed ends with the same adapter weights, bit for bit, as one that was not.
 
 Several processes: `accelerate launch --multi_gpu --num_processes N` (or torchrun), on CPUs too,
-where torch's gloo carries the gradients. `batch_size` is then per process.
+where torch's gloo carries the gradients. `batch_size` is then per process. With `--use_fsdp
+--fsdp_version 2` each process holds its share of the frozen weights only (`reslora.sharding`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from reslora.checkpoints import had_finished, newest_complete, refuse_existing, 
 from reslora.live_chain import recompute_contexts
 from reslora.progress import TrainingProgress
 from reslora.settings import TrainSettings
-from reslora.sharding import hidden_from_accelerate, shard_frozen, sharding_wanted
+from reslora.sharding import (
+    hidden_from_accelerate,
+    release_gathered,
+    shard_frozen,
+    sharding_wanted,
+)
 from reslora.train_arguments import training_arguments
 from reslora.train_report import TrainReport
 from reslora.trainer import AdapterTrainer, FinalValidation, RowDataset
@@ -69,12 +75,13 @@ def train_adapter(
 
     Returns:
         The report; the model holds the trained adapter, the best validated or the last one as the
-        settings say, and is in evaluation mode.
+        settings say, and is in evaluation mode. Under FSDP its frozen weights stay sharded.
 
     Raises:
         ValueError: No data to learn from or to choose the best state by, a loss or weight that is
-            not finite (names the step), a checkpoint directory that belongs to another run, or
-            TensorBoard is asked for and not installed.
+            not finite (names the step), a checkpoint directory that belongs to another run,
+            TensorBoard is asked for and not installed, or accelerate was told to shard in a way
+            that is not supported (`sharding_wanted`, `shard_frozen`).
     """
     sharded = sharding_wanted()
     arguments = training_arguments(settings, data, checkpoint_dir)
@@ -183,6 +190,7 @@ def _undress(trainer: Trainer, model: PeftModel, settings: TrainSettings) -> Non
     if settings.gradient_checkpointing:
         base: Any = model.get_base_model()
         base.activation_checkpointing_disable()
+    release_gathered(model)
     model.zero_grad(set_to_none=True)
     model.eval()
 

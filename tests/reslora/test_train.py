@@ -274,21 +274,6 @@ def test_accumulated_batches_train_as_one_big_batch(
     assert distance(big, final("means", 2, 3)) > 1e-3
 
 
-@pytest.mark.parametrize("plugin", ["FSDP", "DEEPSPEED"])
-def test_sharded_parameters_are_refused(
-    llama: LlamaForCausalLM,
-    targets: list[str],
-    chat_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    plugin: str,
-) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
-    with pytest.raises(ValueError, match=f"set up for {plugin}.*accelerate launch --multi_gpu"):
-        train(llama, chat_tokenizer, targets, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("structure", [None, *Structure])
 def test_bfloat16_trains_like_float32_and_is_taken_off_again(
     structure: Structure | None,

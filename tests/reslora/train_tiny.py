@@ -1,6 +1,8 @@
 """Train a tiny model in a process of its own: `train_tiny.py OUTPUT CHECKPOINTS [--resume]`.
 
-`--settings` holds training settings as JSON; with `--contrary` validation gets worse all the time.
+`--settings` holds training settings as JSON; with `--contrary` validation gets worse all the time;
+with `--apart` several processes do not average their gradients. Beside the adapter each process
+notes how many parameters it holds at the end.
 With `--die N` the process kills itself with SIGKILL while it saves the checkpoint of step N: the
 weights are written, the rest is not.
 
@@ -18,8 +20,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -28,6 +32,7 @@ from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters, attached_config
 from reslora.config import AdapterConfig, Structure
 from reslora.settings import TrainSettings
+from reslora.sharding import held_parameters
 from reslora.train import train_adapter
 from reslora.training_data import language_data
 from tests.reslora.tiny import build_llama, build_tokenizer, contrary_examples, tiny_examples
@@ -50,6 +55,11 @@ def run_each(runs: list[list[str]]) -> list[int]:
     return codes
 
 
+def step_apart(self: Trainer, model: Any, *rest: Any) -> torch.Tensor:
+    with model.no_sync():
+        return Trainer.training_step(self, model, *rest)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
@@ -58,12 +68,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--die", type=int, default=0)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--contrary", action="store_true")
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--structure", type=Structure, default=Structure.BLOCK)
     parser.add_argument("--settings", type=json.loads, default={})
     options = parser.parse_args(arguments)
     model = build_llama(layers=2)
     names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
-    config = AdapterConfig(rank=2, dropout=options.dropout, structure=options.structure)
+    structure = None if options.lora else options.structure
+    config = AdapterConfig(rank=2, dropout=options.dropout, structure=structure)
     attached = attach_adapters(model, config, names)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -76,6 +89,8 @@ def main(arguments: list[str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.save_adapter = save_and_die
+    if options.apart:
+        trainer.AdapterTrainer.training_step = step_apart  # type: ignore[method-assign]
     quick = {"max_steps": 7, "batch_size": 3, "max_tokens": 48, "save_every": 2, "eval_every": 2}
     settings = TrainSettings(**{**quick, **options.settings})
     validation = contrary_examples() if options.contrary else None
@@ -87,7 +102,10 @@ def main(arguments: list[str]) -> None:
         options.resume,
     )
     torch.set_num_threads(threads)
-    if int(os.environ.get("RANK", "0")) == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"held-{rank}").write_text(str(held_parameters(attached)))
+    if rank == 0:
         save_adapter(attached, attached_config(attached), options.output)
         (options.output / "report.json").write_text(json.dumps(report.to_dict()))
 
