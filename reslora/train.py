@@ -84,6 +84,11 @@ def train_adapter(
             that is not supported (`sharding_wanted`, `shard_frozen`).
     """
     sharded = sharding_wanted()
+    if sharded and extension is not None:
+        raise ValueError(
+            "FSDP shards plain and residual LoRA only, not training through the rounding of a "
+            "quantized checkpoint; use `accelerate launch --multi_gpu`"
+        )
     arguments = training_arguments(settings, data, checkpoint_dir)
     callbacks: list[TrainerCallback] = []
     if tensorboard is not None:
