@@ -141,6 +141,21 @@ class WeightsName(StrEnum):
     GPTQ = "gptq"
 
 
+class SymmetryName(StrEnum):
+    """Values of --activation-symmetry."""
+
+    SYMMETRIC = "symmetric"
+    ASYMMETRIC = "asymmetric"
+
+
+class StaticName(StrEnum):
+    """Values of --static."""
+
+    YES = "yes"
+    NO = "no"
+    AUTO = "auto"
+
+
 class FormatName(StrEnum):
     """Values of --format."""
 
@@ -466,7 +481,10 @@ def merge_command(
 def merge_rotate_quantize_command(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     scheme: Annotated[
-        str, typer.Option(help="W8A8, W4A8, W4A4, W6A6 ... or FP32 to merge and rotate only.")
+        str,
+        typer.Option(
+            help="W8A8, W4A8, W4A4, W6A6, W4A16 ... or FP32 to merge and rotate only; 16 is float."
+        ),
     ],
     output: Output,
     adapter: Annotated[
@@ -496,16 +514,42 @@ def merge_rotate_quantize_command(
         bool, typer.Option(help="Search the clipping point of each weight scale.")
     ] = True,
     activation_clip: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Part of a token's range that its scale covers. Default: 1, or 0.9 below 6 bits."
+            help="Part of a token's range that its scale covers, or auto: searched for each input. "
+            "Default: 1, or 0.9 below 6 bits."
+        ),
+    ] = None,
+    activation_symmetry: Annotated[
+        SymmetryName,
+        typer.Option(help="asymmetric: per-token activations have zero points."),
+    ] = SymmetryName.SYMMETRIC,
+    activation_group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Input columns that share an activation scale. Default: whole tokens, or the "
+            "weights' groups."
         ),
     ] = None,
     static: Annotated[
-        bool | None,
+        StaticName | None,
         typer.Option(
-            "--static/--dynamic",
-            help="Calibrated scales after norms. Default: static if R1 is used.",
+            help="Calibrated scales after norms; auto: where they cost no more than per-token "
+            "ones. Default: yes if R1 is used."
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Bits of single linears, as PATTERN=BITS: down=A8, o,down=A8, layers.0.*=W8A8. "
+            "Roles are q, k, v, o, gate, up, down, head. Can be repeated; the last one counts."
+        ),
+    ] = None,
+    mixed_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Average bits, as W4.5, A5 or W4.5A5: raise what rounding harms most to 8 bits "
+            "until they are reached."
         ),
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
@@ -515,10 +559,18 @@ def merge_rotate_quantize_command(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter, rotate outliers away, and quantize weights and activations."""
-    from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
+    from deploy.checkpoint_settings import (
+        CheckpointSettings,
+        choose_recipe,
+        parse_activation_clip,
+        parse_rotation,
+        parse_static,
+    )
     from deploy.describe import merge_rows
     from deploy.merge_rotate_quantize import merge_rotate_quantize
     from reslora.merge import MergeMethod
+    from rolora.mixed_precision import Budget
+    from rolora.overrides import Override
     from rolora.rotation import RotationKind
 
     rotation = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed)
@@ -529,11 +581,15 @@ def merge_rotate_quantize_command(
             weights=weights,
             group_size=group_size,
             clip_search=clip_search,
-            activation_clip=activation_clip,
-            static=static,
+            activation_clip=parse_activation_clip(activation_clip),
+            static=parse_static(static),
             embedding_bits=embedding_bits,
             head_bits=head_bits,
+            asymmetric=activation_symmetry is SymmetryName.ASYMMETRIC,
+            activation_group_size=activation_group_size,
         )
+        overrides = tuple(Override.parse(text) for text in override or ())
+        budget = None if mixed_precision is None else Budget.parse(mixed_precision)
     settings = CheckpointSettings(
         model=model,
         adapter=adapter,
@@ -541,6 +597,8 @@ def merge_rotate_quantize_command(
         rotation=rotation,
         recipe=recipe,
         calibration=calibration,
+        overrides=overrides,
+        budget=budget,
     )
     if dry_run:
         _print_json(

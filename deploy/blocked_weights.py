@@ -39,7 +39,7 @@ class BlockedLayout:
     columns: int
     block_size: int
     scales_per_row: int
-    """1, or the number of groups, which then are the blocks."""
+    """1, or the number of the weight's groups, which then are the blocks."""
 
     @property
     def blocks(self) -> int:
@@ -62,7 +62,8 @@ def blocked_layout(linears: list[StoredLinear]) -> BlockedLayout:
     first = linears[0]
     columns, group = first.in_features, first.weight.group_size
     dividing = (size for size in BLOCK_SIZES if columns % size == 0)
-    block = group if group is not None else next(dividing, FILLED_BLOCK_SIZE)
+    input_group = None if first.activation is None else first.activation.group_size
+    block = group or input_group or next(dividing, FILLED_BLOCK_SIZE)
     return BlockedLayout(
         bits=4 if first.weight.bits == 4 else 8,
         rows=sum(linear.out_features for linear in linears),

@@ -32,12 +32,12 @@ from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.errors import ArtifactError
 from deploy.rotation_file import load_rotation
 from rolora.decoder import DecoderNames
-from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.layer_plan import LayerPlan
+from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
 from rolora.packing import pack_int4, unpack_int4
-from rolora.quantize import LayerPlan
 from rolora.rotation import RotationPlan
-from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -51,9 +51,15 @@ class StoredLinear:
     out_features: int
     has_bias: bool
     weight: WeightSpec
-    """How the weight is stored; 32 bits is float."""
+    """How the weight is stored; 16 bits is float with a quantized input, 32 all float."""
     activation: ActivationSpec | None
     """How the input is quantized; None for a float linear."""
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether no integer product computes it, only MatMulNBits: groups, or a float input."""
+        spec = self.activation
+        return spec is not None and (spec.is_float or spec.granularity is Granularity.GROUP)
 
 
 class Checkpoint:
@@ -191,17 +197,22 @@ class Checkpoint:
     def _tensor(self, key: str) -> Tensor:
         return torch.from_numpy(self.array(key))
 
-    def _quantized_linear(self, linear: StoredLinear) -> QuantizedLinear:
+    def _quantized_linear(self, linear: StoredLinear) -> QuantizedLinear | InputQuantizedLinear:
         assert linear.activation is not None
         fqn = linear.fqn
         static = linear.activation.granularity is Granularity.TENSOR
+        input_scale = self._tensor(f"{fqn}.input_scale") if static else None
+        bias = self._tensor(f"{fqn}.bias") if linear.has_bias else None
+        if linear.weight.bits == UNQUANTIZED_BITS:
+            weight = self._tensor(f"{fqn}.weight")
+            return InputQuantizedLinear(weight, bias, linear.activation, input_scale)
         return QuantizedLinear(
             torch.from_numpy(self.integers(linear)),
             self._tensor(f"{fqn}.weight_scale"),
-            self._tensor(f"{fqn}.bias") if linear.has_bias else None,
+            bias,
             linear.weight,
             linear.activation,
-            self._tensor(f"{fqn}.input_scale") if static else None,
+            input_scale,
         )
 
 
@@ -237,13 +248,15 @@ def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:
             "activation_bits": plan.activation.bits,
             "activation_granularity": str(plan.activation.granularity),
             "activation_clip_ratio": plan.activation.clip_ratio,
+            "activation_group_size": plan.activation.group_size,
+            "activation_symmetric": plan.activation.symmetric,
         }
         for plan in plans
     }
 
 
 def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, LayerPlan]:
-    """Read what `formats_to_details` wrote."""
+    """Read what `formats_to_details` wrote, also before it knew of the last two fields."""
     formats = {}
     for fqn, raw in details.get("linears", {}).items():
         try:
@@ -251,7 +264,11 @@ def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, 
             granularity = Granularity(raw["activation_granularity"])
             group_size = weight.group_size if granularity is Granularity.GROUP else None
             activation = ActivationSpec(
-                raw["activation_bits"], granularity, raw["activation_clip_ratio"], group_size
+                raw["activation_bits"],
+                granularity,
+                raw["activation_clip_ratio"],
+                raw.get("activation_group_size", group_size),
+                symmetric=raw.get("activation_symmetric", True),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise ArtifactError(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deploy.errors import ConfigError
 from deploy.shortcut_merge import AUTO
 from reslora.merge import MergeMethod
+from rolora.mixed_precision import Budget
+from rolora.overrides import Override
 from rolora.rotation import RotationKind, RotationName
-from rolora.scheme import QuantizationRecipe, Scheme, WeightMethod
+from rolora.scheme import AUTO as CHOSEN
+from rolora.scheme import UNQUANTIZED_BITS, QuantizationRecipe, Scheme, WeightMethod
 
 FLOAT_SCHEME = "FP32"
 """Scheme of a checkpoint that is merged and rotated, but not quantized."""
@@ -54,10 +57,12 @@ def choose_recipe(
     weights: str = WeightMethod.GPTQ,
     group_size: int | None = None,
     clip_search: bool = True,
-    activation_clip: float | None = None,
-    static: bool | None = None,
+    activation_clip: float | Literal["auto"] | None = None,
+    static: bool | Literal["auto"] | None = None,
     embedding_bits: int = 8,
     head_bits: int = 8,
+    asymmetric: bool = False,
+    activation_group_size: int | None = None,
 ) -> QuantizationRecipe | None:
     """Fill in what the user left open; None for FP32.
 
@@ -67,10 +72,14 @@ def choose_recipe(
         weights: `rtn` or `gptq`.
         group_size: Of the block weights.
         clip_search: Search the clipping point of weight scales.
-        activation_clip: Of per-token scales; None is 1, or 0.9 for activations below 6 bits.
-        static: Calibrated scales after norms; None is yes if R1 is used.
+        activation_clip: Of per-token scales; None is 1, or 0.9 for activations below 6 bits; `auto`
+            is searched for each input.
+        static: Calibrated scales after norms; None is yes if R1 is used; `auto` is chosen for each
+            input.
         embedding_bits: 8 or 32.
         head_bits: 8 or 32.
+        asymmetric: Per-token inputs with zero points.
+        activation_group_size: Input columns that share an activation scale.
 
     Raises:
         ValueError: The scheme is unknown or a value is out of range.
@@ -79,17 +88,50 @@ def choose_recipe(
         return None
     parsed = Scheme.parse(scheme)
     rotated = rotation is None or RotationName.R1 in rotation.names
-    default_clip = 0.9 if parsed.activation_bits < 6 else 1.0
     return QuantizationRecipe(
         parsed,
         weights=WeightMethod(weights),
         group_size=group_size,
         clip_search=clip_search,
-        activation_clip=default_clip if activation_clip is None else activation_clip,
+        activation_clip=activation_clip,
         static_after_norm=rotated if static is None else static,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
+        asymmetric=asymmetric,
+        activation_group_size=activation_group_size,
     )
+
+
+def parse_activation_clip(text: str | None) -> float | Literal["auto"] | None:
+    """Read `auto` or a number.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if text is None:
+        return None
+    if text.strip().lower() == CHOSEN:
+        return CHOSEN
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"--activation-clip {text!r}: expected {CHOSEN} or a number of 0.1 to 1"
+        ) from error
+
+
+def parse_static(text: str | None) -> bool | Literal["auto"] | None:
+    """Read `yes`, `no` or `auto`.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    if text is None:
+        return None
+    known: dict[str, bool | Literal["auto"]] = {"yes": True, "no": False, CHOSEN: CHOSEN}
+    if text not in known:
+        raise ConfigError(f"--static {text!r}: expected one of {', '.join(known)}")
+    return known[text]
 
 
 @dataclass(frozen=True)
@@ -107,6 +149,28 @@ class CheckpointSettings:
     calibration: str | None
     calibration_windows: int = 16
     calibration_tokens: int = 512
+    overrides: tuple[Override, ...] = ()
+    """Bits of single linears."""
+    budget: Budget | None = None
+    """Average bits to reach by raising the most sensitive weights and inputs."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before a model is loaded.
+
+        Raises:
+            ConfigError: Nothing would be quantized, or single linears of an unquantized model.
+        """
+        float_scheme = Scheme(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
+        if self.recipe is None and (self.overrides or self.budget):
+            raise ConfigError(
+                f"--scheme {FLOAT_SCHEME} quantizes nothing: leave --override and "
+                f"--mixed-precision out, or override linears of the scheme {float_scheme}"
+            )
+        if self.recipe and self.recipe.scheme == float_scheme and not self.overrides:
+            raise ConfigError(
+                f"--scheme {float_scheme} leaves every block in float: use {FLOAT_SCHEME}, or name "
+                f"the linears to quantize with --override"
+            )
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
@@ -127,4 +191,6 @@ class CheckpointSettings:
             "calibration": self.calibration,
             "calibration_windows": self.calibration_windows,
             "calibration_tokens": self.calibration_tokens,
+            "overrides": [str(override) for override in self.overrides],
+            "mixed_precision": None if self.budget is None else str(self.budget),
         }

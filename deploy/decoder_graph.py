@@ -29,7 +29,6 @@ from deploy.linear_ops import (
 )
 from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
-from rolora.scheme import Granularity
 
 HEAD_DIM_MULTIPLE = 16
 """What GroupQueryAttention demands of the head size when it rotates."""
@@ -183,19 +182,20 @@ class DecoderGraph:
         prefix = block.query.rpartition(".")[0]
         quantized = self._quantized(block.query, normed)
         heads: list[ir.Value | None]
-        if norms is not None:
+        readers = [block.query, block.key, block.value]
+        formats = [
+            (stored.weight, stored.activation) for stored in map(self.checkpoint.linear, readers)
+        ]
+        if norms is not None or formats.count(formats[0]) < len(formats):
             query = self._linear([block.query], normed, quantized, block.query)
             key = self._linear([block.key], normed, quantized, block.key)
             value = self._linear([block.value], normed, quantized, block.value)
-            heads = [
-                self._head_norm(norms.query, query, names.num_heads),
-                self._head_norm(norms.key, key, names.num_key_value_heads),
-                value,
-            ]
+            if norms is not None:
+                query = self._head_norm(norms.query, query, names.num_heads)
+                key = self._head_norm(norms.key, key, names.num_key_value_heads)
+            heads = [query, key, value]
         else:
-            packed = self._linear(
-                [block.query, block.key, block.value], normed, quantized, f"{prefix}.qkv"
-            )
+            packed = self._linear(readers, normed, quantized, f"{prefix}.qkv")
             heads = [packed, None, None]
         attended, present_key, present_value = self.graph.node(
             "GroupQueryAttention",
@@ -257,9 +257,7 @@ class DecoderGraph:
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
         """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""
         linear = self.checkpoint.linear(fqn)
-        if linear.activation is None or self.form.takes_nbits(linear):
-            return None
-        if linear.activation.granularity is Granularity.GROUP:
+        if linear.activation is None or linear.needs_blocks or self.form.takes_nbits(linear):
             return None
         static = linear.activation.granularity is Granularity.TENSOR
         scale = self.checkpoint.array(f"{fqn}.input_scale") if static else None

@@ -13,8 +13,9 @@ hold 8 bits per weight whatever the file has. So, in `auto`:
     weights of 4 bits   integer products for prompts; for single tokens MatMulNBits, which reads
                         half the bytes, and integer products where a weight has 8 bits (the head): a
                         graph each, one set of weights
-    everything else     one graph, since both kernels would give the same (weights in groups) or
-                        MatMulNBits would not keep the scheme (activations below 8 bits)
+    everything else     one graph, since both kernels would give the same (groups, weights alone
+                        quantized) or MatMulNBits would not keep the scheme (activations below 8
+                        bits); MatMulNBits computes what no integer product can
 
 All compute the logits of a prompt's last token only; the head by itself gives those of the others.
 A float model is the one graph of `integer`, which computes them all.
@@ -28,7 +29,7 @@ from enum import StrEnum
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.errors import UnsupportedModelError
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
-from rolora.scheme import Granularity
+from rolora.scheme import UNQUANTIZED_BITS, Granularity
 
 NBITS_ACTIVATION_BITS = 8
 """What MatMulNBits quantizes activations to at accuracy level 4."""
@@ -84,21 +85,23 @@ def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]
         kernel: The user's choice.
 
     Raises:
-        UnsupportedModelError: MatMulNBits cannot keep the checkpoint's scheme, or there is nothing
-            to quantize.
+        UnsupportedModelError: A linear's format has no kernel at all, MatMulNBits cannot keep the
+            checkpoint's scheme, or there is nothing to quantize.
     """
     names = checkpoint.names
-    activations = [checkpoint.linear(fqn).activation for fqn in (*names.linears(), names.head)]
-    quantized = [spec for spec in activations if spec is not None]
+    linears = [checkpoint.linear(fqn) for fqn in (*names.linears(), names.head)]
+    for linear in linears:
+        _require_kernel(checkpoint, linear)
+    quantized = [linear.activation for linear in linears if linear.activation is not None]
     bits = min((spec.bits for spec in quantized), default=None)
     grouped = any(spec.granularity is Granularity.GROUP for spec in quantized)
     if kernel is Kernel.NBITS:
-        if bits != NBITS_ACTIVATION_BITS:
+        if bits not in (NBITS_ACTIVATION_BITS, UNQUANTIZED_BITS):
             scheme = checkpoint.manifest.details.get("scheme")
             raise UnsupportedModelError(
                 f"{checkpoint.directory}: --kernel nbits quantizes activations to "
                 f"{NBITS_ACTIVATION_BITS} bits, the scheme is {scheme}; use --kernel integer, or "
-                f"quantize with W8A8 or W4A8"
+                f"quantize with W8A8, W4A8, W8A16 or W4A16"
             )
         return (ONE_NBITS_GRAPH,)
     if kernel is Kernel.INTEGER or bits is None:
@@ -108,3 +111,22 @@ def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]
     if any(checkpoint.linear(fqn).weight.bits == 4 for fqn in names.linears()):
         return TOKEN_GRAPH, PROMPT_GRAPH, BLOCKED_HEAD_GRAPH
     return LAST_INTEGER_GRAPH, HEAD_GRAPH
+
+
+def _require_kernel(checkpoint: Checkpoint, linear: StoredLinear) -> None:
+    """Refuse a format that only the torch model computes."""
+    spec = linear.activation
+    if spec is None:
+        return
+    grouped = not spec.is_float and spec.granularity is Granularity.GROUP
+    if linear.weight.bits == UNQUANTIZED_BITS:
+        fault = f"a float weight with an input of {spec}"
+    elif grouped and not (spec.symmetric and spec.bits == NBITS_ACTIVATION_BITS):
+        fault = f"an input of {spec}"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{checkpoint.directory}: {linear.fqn} has {fault}, which `evaluate` runs in torch but no "
+        f"kernel in ONNX Runtime; what exports: weights of 4, 6 or 8 bits with inputs per token or "
+        f"static of 4, 6 or 8 bits, in float, or symmetric in groups of 8 bits"
+    )

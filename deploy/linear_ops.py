@@ -5,6 +5,9 @@ INTEGER (per-token or static scales), all products exact in int32:
     static   QuantizeLinear(x, s, 128) -> MatMulIntegerToFloat(q, W, s, s_w, 128, bias)
     token    Abs, ReduceMax, Mul, Max -> s;  Div(x, s) -> QuantizeLinear(., 1, 128) ->
     MatMulIntegerToFloat -> Mul(., s)
+    with zero points z, whose part in the product is taken off again
+             ReduceMin, ReduceMax ... -> s, z;  QuantizeLinear(x / s + z, 1, 128) ->
+    MatMulIntegerToFloat -> Mul(. - z * (s_w * sum_k W), s)
 
 Activations are uint8 with zero point 128: on x64 the kernel for unsigned times signed is 10 to 50
 times faster than signed times signed. Below 8 bits a Clip on the bytes keeps the range. Weights of
@@ -12,7 +15,8 @@ times faster than signed times signed. Below 8 bits a Clip on the bytes keeps th
 file has 4 bits, the kernel 8. A graph that shares its file with a graph of MatMulNBits reads that
 layout (blocked_weights).
 
-NBITS: MatMulNBits at accuracy level 4, which quantizes each block of input columns to int8 itself.
+NBITS: MatMulNBits at accuracy level 4, which quantizes each block of input columns to int8 itself,
+or at level 1, in float32, where the scheme leaves the input in float.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ class QuantizedInput:
     """float32 scalar: the calibrated scale, or 1 where the scale is per token."""
     token_scale: ir.Value | None
     """float32 [B, S, 1], or None where the scale is static."""
+    zero_point: ir.Value | None = None
+    """float32 [B, S, 1], integers to be taken off `q` beside 128; None where inputs are symmetric."""
 
 
 def quantize_input(
@@ -60,34 +66,59 @@ def quantize_input(
         name: Prefix of node names.
     """
     quant_min, quant_max = activation_range(spec.bits)
-    zero_point = graph.constant(np.uint8(ZERO_POINT))
+    byte_zero = graph.constant(np.uint8(ZERO_POINT))
+    token_scale = zero_point = None
+    scaled, scale = x, graph.constant(np.float32(1.0))
     if spec.granularity is Granularity.TENSOR:
         assert input_scale is not None
         scale = graph.constant(np.float32(input_scale))
-        token_scale = None
-        scaled = x
-    else:
+    elif spec.symmetric:
         magnitude = graph.value("Abs", [x], f"{name}/Abs")
-        largest = graph.value(
-            "ReduceMax",
-            [magnitude, graph.constant(np.array([-1], np.int64))],
-            f"{name}/ReduceMax",
-            keepdims=1,
-        )
-        factor = graph.constant(np.float32(spec.clip_ratio / quant_max))
-        raw = graph.value("Mul", [largest, factor], f"{name}/Mul")
-        token_scale = graph.value(
-            "Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max"
-        )
+        largest = _over_columns(graph, "ReduceMax", magnitude, name)
+        token_scale = _scale_of_range(graph, largest, spec.clip_ratio / quant_max, name)
         scaled = graph.value("Div", [x, token_scale], f"{name}/Div")
-        scale = graph.constant(np.float32(1.0))
-    q = graph.value("QuantizeLinear", [scaled, scale, zero_point], f"{name}/QuantizeLinear")
+    else:
+        token_scale, zero_point = _scale_and_zero_point(graph, x, spec, name)
+        ratio = graph.value("Div", [x, token_scale], f"{name}/Div")
+        scaled = graph.value("Add", [ratio, zero_point], f"{name}/Add")
+    q = graph.value("QuantizeLinear", [scaled, scale, byte_zero], f"{name}/QuantizeLinear")
     if spec.bits < 8:
         low, high = (
             graph.constant(np.uint8(ZERO_POINT + bound)) for bound in (quant_min, quant_max)
         )
         q = graph.value("Clip", [q, low, high], f"{name}/Clip")
-    return QuantizedInput(q, scale, token_scale)
+    return QuantizedInput(q, scale, token_scale, zero_point)
+
+
+def _over_columns(graph: GraphBuilder, operator: str, x: ir.Value, name: str) -> ir.Value:
+    """Add a reduction over the last axis, float32 [B, S, 1]."""
+    axes = graph.constant(np.array([-1], np.int64))
+    return graph.value(operator, [x, axes], f"{name}/{operator}", keepdims=1)
+
+
+def _scale_of_range(graph: GraphBuilder, size: ir.Value, factor: float, name: str) -> ir.Value:
+    """Add the scale of a range, never 0."""
+    raw = graph.value("Mul", [size, graph.constant(np.float32(factor))], f"{name}/Mul")
+    return graph.value("Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max")
+
+
+def _scale_and_zero_point(
+    graph: GraphBuilder, x: ir.Value, spec: ActivationSpec, name: str
+) -> tuple[ir.Value, ir.Value]:
+    """Add scale and zero point of each token, as `rolora.activation` has them."""
+    zero = graph.constant(np.float32(0.0))
+    least = _over_columns(graph, "ReduceMin", x, name)
+    low = graph.value("Min", [least, zero], f"{name}/low/Min")
+    most = _over_columns(graph, "ReduceMax", x, name)
+    high = graph.value("Max", [most, zero], f"{name}/high/Max")
+    size = graph.value("Sub", [high, low], f"{name}/range/Sub")
+    scale = _scale_of_range(graph, size, spec.clip_ratio / (2**spec.bits - 1), name)
+    clip = graph.constant(np.float32(spec.clip_ratio))
+    clipped = graph.value("Mul", [low, clip], f"{name}/clip/Mul")
+    steps = graph.value("Div", [clipped, scale], f"{name}/zero/Div")
+    quant_min = graph.constant(np.float32(activation_range(spec.bits)[0]))
+    shifted = graph.value("Sub", [quant_min, steps], f"{name}/zero/Sub")
+    return scale, graph.value("Round", [shifted], f"{name}/zero/Round")
 
 
 def integer_linear(
@@ -133,6 +164,11 @@ def integer_linear(
     y = graph.value(
         "MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT
     )
+    if x.zero_point is not None:
+        sums = [checkpoint.integers(linear).sum(axis=1, dtype=np.int32) for linear in linears]
+        column = graph.weight(f"{name}.column_sum", ir.tensor(np.concatenate(sums) * scales))
+        offset = graph.value("Mul", [x.zero_point, column], f"{name}/zero/Mul")
+        y = graph.value("Sub", [y, offset], f"{name}/zero/Sub")
     if x.token_scale is not None:
         y = graph.value("Mul", [y, x.token_scale], f"{name}/Mul")
         if bias_value is not None:
@@ -175,13 +211,16 @@ def nbits_linear(
         graph: Receives the nodes.
         x: float32 [B, S, K].
         checkpoint: Holds the integers.
-        linears: One or more linears with the same bits and group size, or without groups.
+        linears: One or more linears with the same bits and group size, or without groups; inputs
+            quantized to 8 bits or in float.
         name: Prefix of node names.
 
     Returns:
         float32 [B, S, sum of out_features].
     """
     layout = blocked_layout(linears)
+    spec = linears[0].activation
+    in_float = spec is not None and spec.is_float
 
     def read() -> ir.TensorProtocol:
         return ir.tensor(pack_blocks(checkpoint, linears, layout))
@@ -200,7 +239,7 @@ def nbits_linear(
         N=layout.rows,
         bits=layout.bits,
         block_size=layout.block_size,
-        accuracy_level=4,
+        accuracy_level=1 if in_float else 4,
     )
     return _add_bias(graph, y, checkpoint, linears, name)
 

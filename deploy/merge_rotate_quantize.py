@@ -38,10 +38,11 @@ from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from deploy.shortcut_merge import merge_stored_adapter, model_wide_figures
 from deploy.staging import require_free_space
+from rolora.calibrated_plan import CalibratedPlan, calibrate_plan
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
 from rolora.online import install_online_rotations
-from rolora.quantize import LayerError, plan_layers, quantize_decoder
+from rolora.quantize import LayerError, quantize_decoder
 from rolora.rotation import RotationName, RotationPlan
 
 
@@ -103,14 +104,13 @@ def merge_rotate_quantize(
     with new_artifact(output) as directory:
         with torch.no_grad():
             merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings, progress)
-        progress("quantizing")
-        errors = _quantize(loaded, names, settings, layer_progress)
+        progress("calibrating")
+        planned, errors = _quantize(loaded, names, settings, progress, layer_progress)
         progress("writing the checkpoint")
         details: dict[str, Any] = {
             "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
-            "linears": {}
-            if settings.recipe is None
-            else formats_to_details(plan_layers(names, settings.recipe)),
+            "linears": formats_to_details(planned.plans),
+            "choices": planned.to_details(),
             "rounding": {error.fqn: asdict(error) for error in errors},
             "merge": merge_report,
         } | save_rotation(directory, plan)
@@ -215,19 +215,27 @@ def _quantize(
     loaded: LoadedModel,
     names: DecoderNames,
     settings: CheckpointSettings,
+    progress: Callable[[str], None],
     layer_progress: Callable[[int, int], None],
-) -> list[LayerError]:
+) -> tuple[CalibratedPlan, list[LayerError]]:
+    """Choose what calibration text decides, then round."""
     if settings.recipe is None:
-        return []
-    total = len(plan_layers(names, settings.recipe))
-    done = itertools.count(1)
-
-    def count(_fqn: str) -> None:
-        release_free_memory()
-        layer_progress(next(done), total)
-
+        return CalibratedPlan([], {}), []
     batches = _calibration(loaded, settings)
+    done = itertools.count(1)
     try:
-        return quantize_decoder(loaded.model, names, settings.recipe, batches, count)
+        planned = calibrate_plan(
+            loaded.model, names, settings.recipe, batches, settings.overrides, settings.budget
+        )
+        release_free_memory()
+        progress("quantizing")
+        total = len(planned.plans)
+
+        def count(_fqn: str) -> None:
+            release_free_memory()
+            layer_progress(next(done), total)
+
+        errors = quantize_decoder(loaded.model, names, settings.recipe, batches, count, planned)
     except ValueError as error:
         raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
+    return planned, errors

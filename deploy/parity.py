@@ -262,8 +262,8 @@ def _stored_integers(
     tensor: ir.TensorProtocol, linears: list[StoredLinear], form: GraphForm
 ) -> np.ndarray:
     """Return the integers of an initializer as int8 [out, in], whichever kernel's layout it has."""
-    grouped = linears[0].weight.group_size is not None
-    if not (grouped or form.blocked or form.takes_nbits(linears[0])):
+    blocked = linears[0].needs_blocks or form.blocked or form.takes_nbits(linears[0])
+    if not blocked:
         return tensor.numpy().astype(np.int8).T
     return unpack_blocks(np.frombuffer(tensor.tobytes(), np.uint8), blocked_layout(linears))
 

@@ -43,7 +43,6 @@ from rolora.head_loss import Teacher, head_loss
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
 from rolora.quantization_aware import InputQuantizer, QuantizationAwareLinear
-from rolora.quantize import shared_inputs
 
 SCALES_FILE = "quantization.safetensors"
 """Beside an adapter that was trained through rounding: the scales that were trained with it."""
@@ -152,7 +151,12 @@ def build_aware_model(
         else:
             untie_head(loaded.model, names)
     model = loaded.model
-    observed = shared_inputs(names)
+    observed = {
+        fqn: readers[0]
+        for block in names.blocks
+        for readers in block.shared_inputs()
+        for fqn in readers
+    }
     inputs: dict[str, InputQuantizer] = {}
     layers: dict[str, QuantizationAwareLinear] = {}
 

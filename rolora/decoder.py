@@ -9,6 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class LinearRole(StrEnum):
+    """What a linear does, in short names for users."""
+
+    Q = "q"
+    K = "k"
+    V = "v"
+    O = "o"  # noqa: E741
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    HEAD = "head"
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,15 @@ class BlockNames:
         """Return the FQNs of the block's linears in the order in which data meets them."""
         return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
 
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Return the block's linears in data order, those that read one input together."""
+        return (
+            (self.query, self.key, self.value),
+            (self.output,),
+            (self.gate, self.up),
+            (self.down,),
+        )
+
 
 @dataclass(frozen=True)
 class DecoderNames:
@@ -52,3 +75,9 @@ class DecoderNames:
         """Yield the FQNs of all block linears in depth order (the head is not among them)."""
         for block in self.blocks:
             yield from block.linears()
+
+    def roles(self) -> Iterator[tuple[str, LinearRole]]:
+        """Yield FQN and role of every linear in depth order, the head last."""
+        for block in self.blocks:
+            yield from zip(block.linears(), LinearRole, strict=False)
+        yield self.head, LinearRole.HEAD

@@ -1,10 +1,11 @@
 """A linear and an embedding of integers: the reference of the exported graph.
 
-With activation scale s_x (per tensor or token) and weight scales s_w[out]
+With activation scale s_x and zero point z (per tensor or token) and weight scales s_w[out]
 
-    y = s_x * (q_x @ q_w^T) * s_w + bias             the product in exact int32
+    y = s_x * (q_x @ q_w^T - z * sum_k q_w) * s_w + bias      the bracket in exact int32
 
-and with groups g of input columns   y = sum_g s_x[g] * (q_x[g] @ q_w[g]^T) * s_w[:, g] + bias.
+and with groups g of input columns the sum of that over g, each with its own s_x, z and s_w. Where
+only the weight is quantized, or only the input, the product is one of float32.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from rolora.affine import activation_range, dequantize, quantize, token_scale
-from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+from rolora.activation import QuantizedActivation, quantize_activation, rounded_activation
+from rolora.affine import dequantize
+from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
 _EXACT_COLUMNS = 1024
 """Columns whose int8 products sum exactly in float32: 1024 * 128 * 128 = 2^24."""
@@ -65,8 +67,8 @@ class QuantizedLinear(nn.Module):
         input_scale: float32 scalar; needed by, and only by, TENSOR granularity.
 
     Raises:
-        ValueError: `input_scale` and the granularity contradict each other, or the groups of weight
-            and input differ.
+        ValueError: `input_scale` and the granularity contradict each other, or the weight's groups
+            are not those of a quantized input.
     """
 
     weight: Tensor
@@ -84,14 +86,10 @@ class QuantizedLinear(nn.Module):
         input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if (activation.granularity is Granularity.TENSOR) != (input_scale is not None):
-            raise ValueError(
-                f"input scale: {activation.granularity} granularity "
-                + ("needs one, got none" if input_scale is None else "takes none, got one")
-            )
+        _require_scale(activation, input_scale)
         # Grouped scales of the weight on a product over all groups would broadcast into nonsense.
         groups = activation.group_size if activation.granularity is Granularity.GROUP else None
-        if weight_spec.group_size != groups:
+        if not activation.is_float and weight_spec.group_size not in (None, groups):
             raise ValueError(
                 f"groups: expected the same for weight and input, got {weight_spec.group_size} and "
                 f"{groups}"
@@ -113,48 +111,41 @@ class QuantizedLinear(nn.Module):
         """Number of output channels N."""
         return self.weight.shape[0]
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize an input.
-
-        Args:
-            x: float32 [T, K].
-
-        Returns:
-            int8 [T, K] and its scale: [] (TENSOR), [T, 1] (TOKEN) or [T, groups, 1] (GROUP).
-        """
-        spec = self.activation
-        quant_min, quant_max = activation_range(spec.bits)
-        if spec.granularity is Granularity.GROUP:
-            grouped = x.reshape(x.shape[0], -1, spec.group_size or x.shape[1])
-            scale = token_scale(grouped, spec.bits, spec.clip_ratio)
-            return quantize(grouped, scale, quant_min, quant_max).reshape(x.shape), scale
-        scale = (
-            token_scale(x, spec.bits, spec.clip_ratio)
-            if self.input_scale is None
-            else self.input_scale
-        )
-        return quantize(x, scale, quant_min, quant_max), scale
+    def quantize_input(self, x: Tensor) -> QuantizedActivation:
+        """Quantize an input, float32 [T, K]."""
+        return quantize_activation(x, self.activation, self.input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return float32 [..., out] for float32 [..., in]."""
+        if self.activation.is_float:
+            return nn.functional.linear(x.float(), self.dequantized_weight(), self.bias)
         flat = x.reshape(-1, x.shape[-1]).float()
-        q_x, scale = self.quantize_input(flat)
+        quantized = self.quantize_input(flat)
         if self.activation.granularity is Granularity.GROUP:
-            y = self._grouped_product(q_x, scale)
+            y = self._grouped_product(quantized)
         else:
-            y = integer_matmul(q_x, self.weight).float() * self.weight_scale * scale
+            product = integer_matmul(quantized.q, self.weight)
+            if quantized.zero_point is not None:
+                product -= quantized.zero_point * self.weight.sum(dim=1, dtype=torch.int32)
+            y = product.float() * self.weight_scale * quantized.scale
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _grouped_product(self, q_x: Tensor, scale: Tensor) -> Tensor:
+    def _grouped_product(self, x: QuantizedActivation) -> Tensor:
         """Sum the exact products of the groups, weighted by both scales; float32 [T, N]."""
         width = self.activation.group_size or self.in_features
-        y = torch.zeros(q_x.shape[0], self.out_features)
+        y = torch.zeros(x.q.shape[0], self.out_features)
         for group, start in enumerate(range(0, self.in_features, width)):
             columns = slice(start, start + width)
-            product = integer_matmul(q_x[:, columns], self.weight[:, columns].contiguous())
-            y += product.float() * scale[:, group] * self.weight_scale[:, group]
+            weight = self.weight[:, columns].contiguous()
+            product = integer_matmul(x.q[:, columns], weight)
+            if x.zero_point is not None:
+                product -= x.zero_point[:, group] * weight.sum(dim=1, dtype=torch.int32)
+            scale = self.weight_scale
+            y += (
+                product.float() * x.scale[:, group] * (scale[:, group] if scale.ndim > 1 else scale)
+            )
         return y
 
     def dequantized_weight(self) -> Tensor:
@@ -169,8 +160,61 @@ class QuantizedLinear(nn.Module):
         return (
             f"in={self.in_features}, out={self.out_features}, weight={self.weight_spec.bits} bits "
             f"per "
-            f"{self.weight_spec.granularity}, input={self.activation.bits} bits per "
-            f"{self.activation.granularity}"
+            f"{self.weight_spec.granularity}, input={self.activation}"
+        )
+
+
+class InputQuantizedLinear(nn.Module):
+    """A linear with a float weight whose input is rounded to the values its bits can express.
+
+    Args:
+        weight: float32 [out, in].
+        bias: float32 [out] or None.
+        activation: How the input is quantized.
+        input_scale: float32 scalar; needed by, and only by, TENSOR granularity.
+
+    Raises:
+        ValueError: `input_scale` and the granularity contradict each other.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    weight_spec = WeightSpec(UNQUANTIZED_BITS)
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: ActivationSpec,
+        input_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _require_scale(activation, input_scale)
+        self.activation = activation
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return float32 [..., out] for float32 [..., in]."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        rounded = rounded_activation(flat, self.activation, self.input_scale)
+        y: Tensor = nn.functional.linear(rounded, self.weight, self.bias)
+        return y.reshape(*x.shape[:-1], self.weight.shape[0])
+
+    def extra_repr(self) -> str:
+        """Describe bits and granularity."""
+        rows, columns = self.weight.shape
+        return f"in={columns}, out={rows}, weight=float, input={self.activation}"
+
+
+def _require_scale(activation: ActivationSpec, input_scale: Tensor | None) -> None:
+    """Refuse a static scale where the granularity has none, and none where it needs one."""
+    if (activation.granularity is Granularity.TENSOR) != (input_scale is not None):
+        raise ValueError(
+            f"input scale: {activation.granularity} granularity "
+            + ("needs one, got none" if input_scale is None else "takes none, got one")
         )
 
 

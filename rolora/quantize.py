@@ -9,30 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from rolora.block_stream import BlockStream
-from rolora.calibration import RangeObserver, observe_inputs
-from rolora.decoder import BlockNames, DecoderNames
+from rolora.calibrated_plan import CalibratedPlan, calibrate_plan
+from rolora.calibration import RangeObserver
+from rolora.decoder import DecoderNames
 from rolora.gptq import quantize_weight_gptq
-from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.layer_plan import LayerPlan
+from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
 from rolora.rtn import quantize_weight
 from rolora.scheme import (
     FLOAT_BITS,
-    ActivationSpec,
+    UNQUANTIZED_BITS,
     Granularity,
     QuantizationRecipe,
     WeightMethod,
     WeightSpec,
 )
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """How one linear is quantized, and which module's input calibrates it."""
-
-    fqn: str
-    weight: WeightSpec
-    activation: ActivationSpec
-    observed: str
-    """FQN of the linear that stands for the shared input (query for query, key and value)."""
 
 
 @dataclass(frozen=True)
@@ -48,33 +39,13 @@ class LayerError:
     """The same of round-to-nearest; never below `output_error`."""
 
 
-def plan_layers(names: DecoderNames, recipe: QuantizationRecipe) -> list[LayerPlan]:
-    """List every linear that the recipe quantizes, in depth order, the head last."""
-    weight = recipe.block_weight()
-    after_norm = recipe.block_input(after_norm=True)
-    elsewhere = recipe.block_input(after_norm=False)
-    plans: list[LayerPlan] = []
-    for block in names.blocks:
-        plans += [
-            LayerPlan(fqn, weight, after_norm, block.query)
-            for fqn in (block.query, block.key, block.value)
-        ]
-        plans.append(LayerPlan(block.output, weight, elsewhere, block.output))
-        plans += [LayerPlan(fqn, weight, after_norm, block.gate) for fqn in (block.gate, block.up)]
-        plans.append(LayerPlan(block.down, weight, elsewhere, block.down))
-    if recipe.head_bits != FLOAT_BITS:
-        plans.append(
-            LayerPlan(names.head, WeightSpec(recipe.head_bits), recipe.head_input(), names.head)
-        )
-    return plans
-
-
 def quantize_decoder(
     model: nn.Module,
     names: DecoderNames,
     recipe: QuantizationRecipe,
     calibration: Iterable[Mapping[str, Tensor]],
     progress: Callable[[str], None] = lambda fqn: None,
+    planned: CalibratedPlan | None = None,
 ) -> list[LayerError]:
     """Replace the linears, the embedding and the head by integer modules.
 
@@ -85,6 +56,7 @@ def quantize_decoder(
         recipe: Bit widths and granularities.
         calibration: Forward-pass batches; used if an input is quantized per tensor, and by GPTQ.
         progress: Called with the FQN of each finished linear.
+        planned: How each linear is quantized; default is `calibrate_plan` of the recipe alone.
 
     Returns:
         The rounding error of each layer.
@@ -94,9 +66,8 @@ def quantize_decoder(
             or the calibration is empty although the recipe needs it.
     """
     batches = list(calibration)
-    plans = plan_layers(names, recipe)
-    static = {plan.observed for plan in plans if plan.activation.granularity is Granularity.TENSOR}
-    observers = observe_inputs(model, sorted(static), batches) if static else {}
+    planned = planned or calibrate_plan(model, names, recipe, batches)
+    observers = planned.observers
     if recipe.embedding_bits != FLOAT_BITS:
         table = model.get_submodule(names.embedding).weight
         assert isinstance(table, Tensor)
@@ -109,12 +80,13 @@ def quantize_decoder(
         _replace(model, names.embedding, QuantizedEmbedding(q, scale))
     use_gptq = recipe.weights is WeightMethod.GPTQ
     stream = BlockStream(model, names, batches) if use_gptq else None
-    by_fqn = {plan.fqn: plan for plan in plans}
+    by_fqn = {plan.fqn: plan for plan in planned.plans}
     errors: list[LayerError] = []
     for block in names.blocks:
-        for readers in _readers_by_input(block):
-            hessian = None if stream is None else stream.hessian(block, readers[0])
-            for fqn in readers:
+        for readers in block.shared_inputs():
+            present = [fqn for fqn in readers if fqn in by_fqn]
+            hessian = stream.hessian(block, readers[0]) if stream and present else None
+            for fqn in present:
                 errors.append(_quantize_linear(model, by_fqn[fqn], recipe, hessian, observers))
                 progress(fqn)
         if stream is not None:
@@ -123,26 +95,6 @@ def quantize_decoder(
         errors.append(_quantize_linear(model, by_fqn[names.head], recipe, None, observers))
         progress(names.head)
     return errors
-
-
-def shared_inputs(names: DecoderNames) -> dict[str, str]:
-    """Return, for every linear of the blocks, the first one that reads the same input."""
-    return {
-        fqn: readers[0]
-        for block in names.blocks
-        for readers in _readers_by_input(block)
-        for fqn in readers
-    }
-
-
-def _readers_by_input(block: BlockNames) -> tuple[tuple[str, ...], ...]:
-    """Return the linears of a block in data order, those that share an input together."""
-    return (
-        (block.query, block.key, block.value),
-        (block.output,),
-        (block.gate, block.up),
-        (block.down,),
-    )
 
 
 def _quantize_linear(
@@ -162,6 +114,11 @@ def _quantize_linear(
     try:
         if plan.activation.granularity is Granularity.TENSOR:
             input_scale = torch.tensor(observers[plan.observed].scale(plan.activation.bits))
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if plan.weight.bits == UNQUANTIZED_BITS:
+            kept = InputQuantizedLinear(weight.float(), bias, plan.activation, input_scale)
+            _replace(model, plan.fqn, kept)
+            return LayerError(plan.fqn, 0.0)
         if hessian is None:
             q, scale = quantize_weight(weight, plan.weight, clip_search=recipe.clip_search)
         else:
@@ -176,7 +133,6 @@ def _quantize_linear(
             )
     except ValueError as error:
         raise ValueError(f"{plan.fqn}: {error}") from error
-    bias = None if linear.bias is None else linear.bias.detach().float()
     quantized = QuantizedLinear(q, scale, bias, plan.weight, plan.activation, input_scale)
     _replace(model, plan.fqn, quantized)
     return LayerError(plan.fqn, _relative_error(weight, quantized), output_error, nearest_error)

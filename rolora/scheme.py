@@ -1,8 +1,9 @@
 """What is quantized to how many bits, as data.
 
 A scheme name such as ``W4A8`` says: weights of 4 bits, activations (the inputs of the linears) of 8
-bits. Both are symmetric. The granularity of the scales is data too, since each integer kernel
-dictates its own::
+bits; 16 leaves the weights or the activations in float. Weights are symmetric, activations
+symmetric or, per token or group, asymmetric (with a zero point). The granularity of the scales is
+data too, since each integer kernel dictates its own::
 
     CHANNEL   one scale an output channel           weights
     TENSOR    one scale, fixed by calibration       inputs that follow a norm (in a rotated model)
@@ -16,12 +17,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
-WEIGHT_BITS = (4, 6, 8)
-ACTIVATION_BITS = (4, 6, 8)
+UNQUANTIZED_BITS = 16
+"""The bit width of a scheme that means "leave in float"; the numbers are kept as float32."""
+WEIGHT_BITS = (4, 6, 8, UNQUANTIZED_BITS)
+ACTIVATION_BITS = (4, 6, 8, UNQUANTIZED_BITS)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 FLOAT_BITS = 32
 """The bit width that means "leave in float" for the embedding and the head."""
+AUTO: Literal["auto"] = "auto"
+"""Chosen on calibration text, for each input by itself."""
 
 
 class Granularity(StrEnum):
@@ -58,7 +64,7 @@ class Scheme:
         match = re.fullmatch(r"[wW]([0-9]{1,3})[aA]([0-9]{1,3})", name.strip())
         supported = (
             f"supported: W{{{','.join(map(str, WEIGHT_BITS))}}}"
-            f"A{{{','.join(map(str, ACTIVATION_BITS))}}}, for example W8A8, W4A8, W4A4"
+            f"A{{{','.join(map(str, ACTIVATION_BITS))}}}, for example W8A8, W4A8, W4A4, W4A16"
         )
         if match is None:
             raise ValueError(f"scheme: expected W<bits>A<bits>, got {name!r}; {supported}")
@@ -90,15 +96,34 @@ class ActivationSpec:
     """How the input of one linear is quantized."""
 
     bits: int
+    """16 leaves the input in float; the other fields then say nothing."""
     granularity: Granularity
     clip_ratio: float = 1.0
-    """The scale covers this part of the absolute maximum (TOKEN only); larger values saturate."""
+    """The scale covers this part of the range (TOKEN and GROUP); larger values saturate."""
     group_size: int | None = None
+    """Input columns that share a scale (GROUP)."""
+    symmetric: bool = True
+    """False: from the least to the greatest value, with a zero point (TOKEN and GROUP)."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the input is not quantized."""
+        return self.bits == UNQUANTIZED_BITS
+
+    def __str__(self) -> str:
+        if self.is_float:
+            return "float"
+        asymmetric = "" if self.symmetric else ", asymmetric"
+        return f"{self.bits} bits per {self.granularity}{asymmetric}"
+
+
+FLOAT_INPUT = ActivationSpec(UNQUANTIZED_BITS, Granularity.TOKEN)
+"""The input of a linear whose weight alone is quantized."""
 
 
 @dataclass(frozen=True)
 class QuantizationRecipe:
-    """Everything that decides the integers of a checkpoint."""
+    """Everything that decides the integers of a checkpoint, but for single linears' overrides."""
 
     scheme: Scheme
     weights: WeightMethod = WeightMethod.RTN
@@ -107,12 +132,16 @@ class QuantizationRecipe:
     """Group size of block weights; None is per output channel."""
     clip_search: bool = True
     """Shrink each weight scale to the one with the least squared error."""
-    activation_clip: float = 1.0
-    """Clip ratio of per-token scales."""
-    static_after_norm: bool = True
+    activation_clip: float | Literal["auto"] | None = None
+    """Clip ratio of per-token scales; None is 0.9 below 6 bits, else 1."""
+    static_after_norm: bool | Literal["auto"] = True
     """One calibrated scale for inputs that follow a norm; pays only in a rotated model."""
     embedding_bits: int = 8
     head_bits: int = 8
+    asymmetric: bool = False
+    """Zero points for per-token (or grouped) inputs; static scales stay symmetric."""
+    activation_group_size: int | None = None
+    """Input columns that share a scale of an activation, where weights have no groups."""
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -120,45 +149,92 @@ class QuantizationRecipe:
         Raises:
             ValueError: A value is out of range, or two of them exclude each other.
         """
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group size: expected one of {GROUP_SIZES}, got {self.group_size}")
-        if self.group_size is not None and self.scheme.activation_bits != 8:
+        for what, size in (
+            ("group size", self.group_size),
+            ("activation group size", self.activation_group_size),
+        ):
+            if size is not None and size not in GROUP_SIZES:
+                raise ValueError(f"{what}: expected one of {GROUP_SIZES}, got {size}")
+        self.require_groups_fit(self.scheme)
+        if self.group_size is not None and (self.activation_group_size or self.asymmetric):
             raise ValueError(
-                f"group size {self.group_size} with {self.scheme}: weight groups run in a kernel "
-                f"whose activations "
-                "have 8 bits; use A8, or leave the group size out"
+                f"weights in groups of {self.group_size} run in a kernel that quantizes their "
+                f"inputs itself, symmetrically and in the same groups; leave the activation group "
+                f"size and asymmetric activations out"
             )
-        if self.group_size is not None and self.scheme.weight_bits == 6:
-            raise ValueError(
-                "weight groups: expected weights of 4 or 8 bits, got 6; leave the group size out"
-            )
-        if not 0.1 <= self.activation_clip <= 1.0:
-            raise ValueError(
-                f"activation clip ratio: expected 0.1 to 1.0, got {self.activation_clip}"
-            )
+        clip = self.activation_clip
+        if isinstance(clip, str) and clip != AUTO:
+            raise ValueError(f"activation clip: expected {AUTO} or a number, got {clip!r}")
+        if isinstance(clip, float | int) and not 0.1 <= clip <= 1.0:
+            raise ValueError(f"activation clip ratio: expected 0.1 to 1.0, got {clip}")
         for part, bits in (("embedding", self.embedding_bits), ("head", self.head_bits)):
             if bits not in (8, FLOAT_BITS):
                 raise ValueError(f"{part} bits: expected 8 or {FLOAT_BITS} (float), got {bits}")
 
-    def block_weight(self) -> WeightSpec:
-        """Return how the weights inside the blocks are stored."""
-        return WeightSpec(self.scheme.weight_bits, self.group_size)
+    def require_groups_fit(self, scheme: Scheme) -> None:
+        """Check that linears of a scheme can have the recipe's weight groups.
 
-    def block_input(self, *, after_norm: bool) -> ActivationSpec:
+        Raises:
+            ValueError: No kernel has such groups.
+        """
+        if self.group_size is None:
+            return
+        if scheme.activation_bits not in (8, UNQUANTIZED_BITS):
+            raise ValueError(
+                f"group size {self.group_size} with {scheme}: weight groups run in a kernel whose "
+                f"activations have 8 bits or stay in float; use A8 or A16, or leave the group size "
+                f"out"
+            )
+        if scheme.weight_bits == 6:
+            raise ValueError(
+                "weight groups: expected weights of 4 or 8 bits, got 6; leave the group size out"
+            )
+
+    def block_weight(self, bits: int | None = None) -> WeightSpec:
+        """Return how a weight inside the blocks is stored; `bits` other than the scheme's."""
+        wanted = self.scheme.weight_bits if bits is None else bits
+        return WeightSpec(wanted, None if wanted == UNQUANTIZED_BITS else self.group_size)
+
+    def block_input(self, *, after_norm: bool, bits: int | None = None) -> ActivationSpec:
         """Return how an input inside a block is quantized.
+
+        What is chosen on calibration text starts as TENSOR, or without clipping.
 
         Args:
             after_norm: Whether the input is the output of an RMSNorm.
+            bits: Other than the scheme's.
         """
-        bits = self.scheme.activation_bits
+        wanted = self.scheme.activation_bits if bits is None else bits
+        if wanted == UNQUANTIZED_BITS:
+            return FLOAT_INPUT
         if self.group_size is not None:
-            return ActivationSpec(bits, Granularity.GROUP, group_size=self.group_size)
-        if after_norm and self.static_after_norm:
-            return ActivationSpec(bits, Granularity.TENSOR)
-        return ActivationSpec(bits, Granularity.TOKEN, self.activation_clip)
+            return ActivationSpec(wanted, Granularity.GROUP, group_size=self.group_size)
+        if self.activation_group_size is None and after_norm and self.static_after_norm:
+            return ActivationSpec(wanted, Granularity.TENSOR)
+        return self.run_time_input(wanted)
 
-    def head_input(self) -> ActivationSpec:
-        """Return how the head's input is quantized: always 8 bits, per tensor where calibrated."""
+    def run_time_input(self, bits: int) -> ActivationSpec:
+        """Return how an input is quantized whose scales are found at run time."""
+        clip = self.activation_clip
+        if clip is None:
+            clip = 0.9 if bits < 6 else 1.0
+        return ActivationSpec(
+            bits,
+            Granularity.TOKEN if self.activation_group_size is None else Granularity.GROUP,
+            1.0 if clip == AUTO else float(clip),
+            self.activation_group_size,
+            symmetric=not self.asymmetric,
+        )
+
+    def head_input(self, bits: int | None = None) -> ActivationSpec:
+        """Return how the head's input is quantized: 8 bits, per tensor where calibrated.
+
+        Where activations stay in float, so does the head's; `bits` overrides both.
+        """
+        in_float = self.scheme.activation_bits == UNQUANTIZED_BITS
+        wanted = bits or (UNQUANTIZED_BITS if in_float else 8)
+        if wanted == UNQUANTIZED_BITS:
+            return FLOAT_INPUT
         if self.static_after_norm:
-            return ActivationSpec(8, Granularity.TENSOR)
-        return ActivationSpec(8, Granularity.TOKEN)
+            return ActivationSpec(wanted, Granularity.TENSOR)
+        return ActivationSpec(wanted, Granularity.TOKEN)

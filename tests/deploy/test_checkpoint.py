@@ -16,8 +16,8 @@ from deploy.checkpoint import WEIGHTS_NAME, Checkpoint, formats_to_details, weig
 from deploy.checkpoint_settings import choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model
+from rolora.layer_plan import plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
-from rolora.quantize import plan_layers
 from rolora.scheme import Granularity
 from tests.deploy.tiny_artifacts import make_checkpoint, save_model
 

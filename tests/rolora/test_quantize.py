@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from rolora.calibration import observe_inputs
 from rolora.fold import fold_norm_gains
 from rolora.fuse import fuse_rotations
+from rolora.layer_plan import plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
-from rolora.quantize import plan_layers, quantize_decoder
+from rolora.quantize import quantize_decoder
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 from rolora.scheme import (
     ActivationSpec,

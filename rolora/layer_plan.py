@@ -1,0 +1,105 @@
+"""Which linears are quantized, and how each: the recipe and its exceptions spelled out.
+
+Linears that read one input share its integers, so their inputs are quantized alike. A linear whose
+weight and input both stay in float has no plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rolora.decoder import DecoderNames
+from rolora.overrides import Override, overridden
+from rolora.scheme import (
+    FLOAT_BITS,
+    UNQUANTIZED_BITS,
+    ActivationSpec,
+    QuantizationRecipe,
+    Scheme,
+    WeightSpec,
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one linear is quantized, and which module's input calibrates it."""
+
+    fqn: str
+    weight: WeightSpec
+    """16 bits is float."""
+    activation: ActivationSpec
+    observed: str
+    """FQN of the linear that stands for the shared input (query for query, key and value)."""
+
+
+def plan_layers(
+    names: DecoderNames, recipe: QuantizationRecipe, overrides: Sequence[Override] = ()
+) -> list[LayerPlan]:
+    """List every linear that the recipe quantizes, in depth order, the head last.
+
+    Args:
+        names: The model's parts.
+        recipe: Bit widths and granularities.
+        overrides: Exceptions for single linears.
+
+    Raises:
+        ValueError: An override matches nothing, linears that share an input would quantize it
+            differently, or an override does not go with the recipe's groups.
+    """
+    exceptions = overridden(names, overrides)
+    plans: list[LayerPlan] = []
+    for block in names.blocks:
+        for position, readers in enumerate(block.shared_inputs()):
+            shared = []
+            for fqn in readers:
+                scheme = _scheme(recipe.scheme, exceptions.get(fqn, ()))
+                _require_groups_fit(recipe, scheme, fqn)
+                spec = recipe.block_input(
+                    after_norm=position in (0, 2), bits=scheme.activation_bits
+                )
+                weight = recipe.block_weight(scheme.weight_bits)
+                shared.append(LayerPlan(fqn, weight, spec, readers[0]))
+            _require_one_input(shared)
+            plans += shared
+    if recipe.head_bits != FLOAT_BITS or names.head in exceptions:
+        plans.append(_plan_head(names.head, recipe, exceptions.get(names.head, ())))
+    return [plan for plan in plans if not _stays_float(plan)]
+
+
+def _scheme(scheme: Scheme, exceptions: Sequence[Override]) -> Scheme:
+    for exception in exceptions:
+        scheme = exception.apply(scheme)
+    return scheme
+
+
+def _plan_head(fqn: str, recipe: QuantizationRecipe, exceptions: Sequence[Override]) -> LayerPlan:
+    weight_bits = UNQUANTIZED_BITS if recipe.head_bits == FLOAT_BITS else recipe.head_bits
+    float_head = UNQUANTIZED_BITS in (weight_bits, recipe.scheme.activation_bits)
+    scheme = _scheme(Scheme(weight_bits, UNQUANTIZED_BITS if float_head else 8), exceptions)
+    return LayerPlan(
+        fqn, WeightSpec(scheme.weight_bits), recipe.head_input(scheme.activation_bits), fqn
+    )
+
+
+def _stays_float(plan: LayerPlan) -> bool:
+    return plan.weight.bits == UNQUANTIZED_BITS and plan.activation.is_float
+
+
+def _require_groups_fit(recipe: QuantizationRecipe, scheme: Scheme, fqn: str) -> None:
+    try:
+        recipe.require_groups_fit(scheme)
+    except ValueError as error:
+        raise ValueError(f"{fqn}: {error}") from error
+
+
+def _require_one_input(plans: Sequence[LayerPlan]) -> None:
+    """Refuse different bits for one input."""
+    first, *others = plans
+    for other in others:
+        if other.activation != first.activation:
+            raise ValueError(
+                f"{other.fqn} and {first.fqn} read the same input, which cannot have "
+                f"{other.activation.bits} bits for one and {first.activation.bits} for the other; "
+                f"override the activations of {', '.join(plan.fqn for plan in plans)} alike"
+            )
