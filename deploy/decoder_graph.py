@@ -29,6 +29,7 @@ from deploy.linear_ops import (
 )
 from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
+from rolora.scheme import Granularity
 
 HEAD_DIM_MULTIPLE = 16
 """What GroupQueryAttention demands of the head size when it rotates."""

@@ -46,7 +46,7 @@ class QuantizedInput:
     token_scale: ir.Value | None
     """float32 [B, S, 1], or None where the scale is static."""
     zero_point: ir.Value | None = None
-    """float32 [B, S, 1], integers to be taken off `q` beside 128; None where inputs are symmetric."""
+    """float32 [B, S, 1], integers that `q` exceeds 128 by for a 0; None if symmetric."""
 
 
 def quantize_input(

@@ -6,7 +6,8 @@ L of the calibration text
     harm = 1/2 * sum over tokens t of (g_t . d_t)^2
 
 where d is the change of a tensor and g the gradient of L by it: for an input x' - x, for a weight
-what its rounding to nearest does to the output, x (W' - W)^T (GPTQ lowers that in all layers). HAWQ (arXiv:1911.03852) ranks layers by the trace of a Hessian instead.
+what its rounding to nearest does to the output, x (W' - W)^T (GPTQ lowers that in all layers).
+HAWQ (arXiv:1911.03852) ranks layers by the trace of a Hessian instead.
 Departure: with 8 bits a weight's harm is that with fewer bits times the squared ratio of the steps.
 """
 

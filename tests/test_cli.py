@@ -30,6 +30,7 @@ from reslora.config import Structure
 from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, Scheduler
 from rolora.rotation import RotationKind
+from rolora.scheme import AUTO as CHOSEN
 from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
     make_adapter,
@@ -620,6 +621,7 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.FormatName, ExportFormat),
         (cli.TargetName, Target),
         (cli.KernelName, Kernel),
+        (cli.StaticName, ["yes", "no", CHOSEN]),
     ],
 )
 def test_the_choices_offered_are_those_that_the_stages_know(offered: Any, known: Any) -> None:

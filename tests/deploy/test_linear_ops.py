@@ -23,7 +23,7 @@ from deploy.linear_ops import (
 from rolora.affine import activation_range, weight_range
 from rolora.linear import QuantizedLinear
 from rolora.packing import pack_int4
-from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+from rolora.scheme import FLOAT_INPUT, ActivationSpec, Granularity, WeightSpec
 
 TOKEN, TENSOR, GROUP = Granularity.TOKEN, Granularity.TENSOR, Granularity.GROUP
 
@@ -108,7 +108,7 @@ def run_linears(linears: list[TinyLinear], x: np.ndarray) -> np.ndarray:
     stub = StubCheckpoint({k: v for linear in linears for k, v in linear.tensors().items()})
     stored = [linear.stored for linear in linears]
     graph, value = start(x.shape[-1])
-    if spec.granularity is GROUP:
+    if first.stored.needs_blocks:
         y = nbits_linear(graph, value, stub, stored, "name")
     else:
         scale = first.module.input_scale
@@ -312,3 +312,53 @@ def test_integer_weights_of_four_bits_take_half_a_byte() -> None:
     assert tensor is not None
     assert len(tensor.tobytes()) == 18  # 35 nibbles
     np.testing.assert_array_equal(tensor.numpy().astype(np.int8), linear.q.T)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_zero_points_are_taken_off_the_product_again(bits: int, bias: bool) -> None:
+    spec = ActivationSpec(bits, TOKEN, 0.95, symmetric=False)
+    linears = [
+        TinyLinear(name, (rows, 24), WeightSpec(4), spec, bias=bias, seed=rows)
+        for name, rows in (("a", 5), ("b", 8))
+    ]
+    x = np.random.default_rng(3).normal(1.5, 1.0, (2, 7, 24)).astype(np.float32)
+    x[0, 0], x[0, 1] = 0.0, -np.abs(x[0, 1])
+    found = run_linears(linears, x)
+    expected = np.concatenate([one.module(torch.from_numpy(x)).numpy() for one in linears], axis=2)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    # The control: with symmetric inputs the same integers mean something else.
+    plain = TinyLinear("a", (5, 24), WeightSpec(4), ActivationSpec(bits, TOKEN), bias=bias, seed=5)
+    other = plain.module(torch.from_numpy(x)).numpy()
+    assert np.abs(other - expected[..., :5]).max() > 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("group_size", [None, 16, 32])
+def test_a_float_input_is_not_rounded(bits: int, group_size: int | None) -> None:
+    if bits == 6 and group_size is not None:
+        return
+    spec = WeightSpec(bits, group_size)
+    linear = TinyLinear("w", (9, 64), spec, FLOAT_INPUT, bias=True)
+    x = np.random.default_rng(3).normal(size=(1, 5, 64)).astype(np.float32)
+    found, expected = run_linears([linear], x), linear.module(torch.from_numpy(x)).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    rounded = TinyLinear("w", (9, 64), WeightSpec(bits), ActivationSpec(8, TOKEN), bias=True)
+    if group_size is None:
+        other = rounded.module(torch.from_numpy(x)).numpy()
+        assert np.abs(other - expected).max() > 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_inputs_alone_are_the_kernels_blocks(group_size: int, bits: int) -> None:
+    spec = ActivationSpec(8, GROUP, group_size=group_size)
+    linear = TinyLinear("w", (9, 128), WeightSpec(bits), spec, bias=False)
+    x = np.random.default_rng(3).normal(size=(1, 5, 128)).astype(np.float32)
+    x[..., 7] *= 50
+    found, expected = run_linears([linear], x), linear.module(torch.from_numpy(x)).numpy()
+    # The kernel rounds half away from zero, torch half to even, and it multiplies by 1 / s.
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    other = TinyLinear("w", (9, 128), WeightSpec(bits), ActivationSpec(8, TOKEN), bias=False)
+    far = other.module(torch.from_numpy(x)).numpy()
+    assert np.abs(far - expected).max() > 1e-3 * np.abs(expected).max()

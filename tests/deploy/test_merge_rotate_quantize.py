@@ -72,11 +72,11 @@ def test_the_recipe_fills_in_what_was_left_open() -> None:
     rotated, plain = (choose_recipe("w4a4", rotation=choice) for choice in (None, none))
     assert rotated is not None
     assert plain is not None
-    assert (rotated.activation_clip, rotated.static_after_norm) == (0.9, True)
+    assert (rotated.run_time_input(4).clip_ratio, rotated.static_after_norm) == (0.9, True)
     assert plain.static_after_norm is False
     eight = choose_recipe("W8A8", rotation=RotationChoice(frozenset({RotationName.R4})))
     assert eight is not None
-    assert (eight.activation_clip, eight.static_after_norm) == (1.0, False)
+    assert (eight.run_time_input(8).clip_ratio, eight.static_after_norm) == (1.0, False)
     asked = choose_recipe("W8A8", rotation=none, static=True, activation_clip=0.5, weights="rtn")
     assert asked is not None
     assert (asked.static_after_norm, asked.activation_clip) == (True, 0.5)

@@ -27,6 +27,8 @@ from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings
 from reslora.train_report import TrainReport
 from reslora.training_data import TrainingData
+from rolora.mixed_precision import Budget
+from rolora.overrides import Override
 from rolora.rotation import RotationKind
 from tests.conftest import build_tiny_model, build_tiny_tokenizer
 
@@ -51,6 +53,8 @@ def make_checkpoint(
     adapter: Path | None = None,
     merge: MergeMethod | None = MergeMethod.EXACT,
     windows: int = 1,
+    overrides: tuple[Override, ...] = (),
+    budget: Budget | None = None,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
@@ -64,6 +68,8 @@ def make_checkpoint(
         calibration=None,
         calibration_windows=windows,
         calibration_tokens=64,
+        overrides=overrides,
+        budget=budget,
     )
     merge_rotate_quantize(settings, output)
     return output

@@ -229,7 +229,6 @@ def test_an_input_scale_and_the_granularity_must_agree() -> None:
     ("weight_groups", "activation"),
     [
         (2, ActivationSpec(8, Granularity.TOKEN)),
-        (None, ActivationSpec(8, Granularity.GROUP, group_size=2)),
         (2, ActivationSpec(8, Granularity.GROUP, group_size=4)),
     ],
 )

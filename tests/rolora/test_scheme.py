@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from rolora.scheme import (
     ACTIVATION_BITS,
     FLOAT_BITS,
+    FLOAT_INPUT,
     GROUP_SIZES,
+    UNQUANTIZED_BITS,
     WEIGHT_BITS,
     ActivationSpec,
     Granularity,
@@ -35,13 +37,13 @@ def test_no_other_text_is_a_scheme(text: str) -> None:
     supported = {f"W{w}A{a}" for w in WEIGHT_BITS for a in ACTIVATION_BITS}
     if text.strip().upper() in supported:
         assert str(Scheme.parse(text)) == text.strip().upper()
-    elif re.fullmatch(r"W0*[468]A0*[468]", text.strip().upper()) is None:
-        with pytest.raises(ValueError, match=r"supported: W\{4,6,8\}A\{4,6,8\}"):
+    elif re.fullmatch(r"W0*([468]|16)A0*([468]|16)", text.strip().upper()) is None:
+        with pytest.raises(ValueError, match=r"supported: W\{4,6,8,16\}A\{4,6,8,16\}"):
             Scheme.parse(text)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "W8", "A8W8", "W8A8A8", "W-8A8", "W8.0A8", "W3A8", "W8A16", "W\u0668A8"]
+    "name", ["", "W8", "A8W8", "W8A8A8", "W-8A8", "W8.0A8", "W3A8", "W8A32", "W\u0668A8"]
 )
 def test_a_bad_name_is_quoted_with_what_is_supported(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name)) + r".*for example W8A8"):
@@ -63,6 +65,10 @@ def test_a_width_too_long_for_python_is_refused_like_any_other() -> None:
         ("W8A8", {"activation_clip": 0.0}, "clip ratio.*got 0.0"),
         ("W8A8", {"activation_clip": 1.01}, "clip ratio.*got 1.01"),
         ("W8A8", {"activation_clip": float("nan")}, "clip ratio.*got nan"),
+        ("W8A8", {"activation_clip": "best"}, "expected auto or a number, got 'best'"),
+        ("W4A4", {"activation_group_size": 48}, "activation group size: .*got 48"),
+        ("W4A8", {"group_size": 32, "activation_group_size": 32}, "quantizes their inputs itself"),
+        ("W4A8", {"group_size": 32, "asymmetric": True}, "quantizes their inputs itself"),
         ("W8A8", {"embedding_bits": 4}, "embedding bits.*got 4"),
         ("W8A8", {"head_bits": 16}, "head bits.*got 16"),
     ],
@@ -91,14 +97,16 @@ def test_every_accepted_recipe_gives_weight_and_input_the_same_groups(
         )
     except ValueError:
         assert group_size is not None
-        assert scheme.activation_bits != 8 or scheme.weight_bits == 6
+        assert scheme.activation_bits in (4, 6) or scheme.weight_bits == 6
         return
     weight, activation = recipe.block_weight(), recipe.block_input(after_norm=after_norm)
     assert weight.bits == scheme.weight_bits
     assert activation.bits == scheme.activation_bits
-    assert weight.group_size == activation.group_size == group_size
-    assert (weight.granularity is Granularity.GROUP) == (group_size is not None)
-    assert (activation.granularity is Granularity.GROUP) == (group_size is not None)
+    assert weight.group_size == (None if weight.bits == UNQUANTIZED_BITS else group_size)
+    assert activation.group_size == (None if activation.is_float else group_size)
+    assert (weight.granularity is Granularity.GROUP) == (weight.group_size is not None)
+    if not activation.is_float:
+        assert (activation.granularity is Granularity.GROUP) == (group_size is not None)
 
 
 def test_static_scales_stand_only_behind_norms() -> None:
@@ -116,3 +124,27 @@ def test_defaults_are_the_safe_choices() -> None:
     assert recipe.weights is WeightMethod.RTN
     assert recipe.block_weight() == WeightSpec(8)
     assert FLOAT_BITS not in (recipe.embedding_bits, recipe.head_bits)
+
+
+def test_inputs_without_a_clip_given_are_clipped_below_six_bits_alone() -> None:
+    recipe = QuantizationRecipe(Scheme(4, 4))
+    ratios = [recipe.block_input(after_norm=False, bits=bits).clip_ratio for bits in (4, 6, 8)]
+    assert ratios == [0.9, 1.0, 1.0]
+
+
+def test_asymmetry_and_groups_are_for_scales_found_at_run_time() -> None:
+    recipe = QuantizationRecipe(Scheme(4, 4), asymmetric=True)
+    assert recipe.block_input(after_norm=True) == ActivationSpec(4, Granularity.TENSOR)
+    expected = ActivationSpec(4, Granularity.TOKEN, 0.9, symmetric=False)
+    assert recipe.block_input(after_norm=False) == expected
+    grouped = QuantizationRecipe(Scheme(4, 4), activation_group_size=16)
+    for after_norm in (False, True):
+        spec = grouped.block_input(after_norm=after_norm)
+        assert spec == ActivationSpec(4, Granularity.GROUP, 0.9, 16)
+
+
+def test_a_scheme_with_float_inputs_leaves_the_heads_input_alone_too() -> None:
+    recipe = QuantizationRecipe(Scheme(4, 16), group_size=32)
+    assert recipe.block_input(after_norm=True) == recipe.head_input() == FLOAT_INPUT
+    assert recipe.block_weight() == WeightSpec(4, 32)
+    assert recipe.head_input(8) == ActivationSpec(8, Granularity.TENSOR)
