@@ -166,7 +166,9 @@ def integer_linear(
     )
     if x.zero_point is not None:
         sums = [checkpoint.integers(linear).sum(axis=1, dtype=np.int32) for linear in linears]
-        column = graph.weight(f"{name}.column_sum", ir.tensor(np.concatenate(sums) * scales))
+        column = graph.weight(
+            f"{name}.column_sum", ir.tensor((np.concatenate(sums) * scales).astype(np.float32))
+        )
         offset = graph.value("Mul", [x.zero_point, column], f"{name}/zero/Mul")
         y = graph.value("Sub", [y, offset], f"{name}/zero/Sub")
     if x.token_scale is not None:

@@ -33,7 +33,7 @@ from torch.nn import functional
 from rolora.affine import activation_range, quantize, token_scale, weight_range
 from rolora.fake_quant import fake_quantize
 from rolora.linear import QuantizedLinear
-from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
 LATENT_REACH = 0.45
 """How far from an integer a latent weight may start, in steps; at 0.5 it would be undecided."""
@@ -45,23 +45,31 @@ class InputQuantizer(nn.Module):
     Args:
         spec: How the input is quantized.
         input_scale: float32 scalar; needed by, and only by, TENSOR granularity.
+
+    Raises:
+        ValueError: The input has a zero point.
     """
 
     start: Tensor
 
     def __init__(self, spec: ActivationSpec, input_scale: Tensor | None) -> None:
         super().__init__()
+        if not (spec.is_float or spec.symmetric):
+            raise ValueError(
+                "inputs with a zero point are not trained through their rounding; quantize with "
+                "symmetric activations"
+            )
         self.spec = spec
         start = torch.tensor(spec.clip_ratio) if input_scale is None else input_scale
         self.register_buffer("start", start.detach().float().clone())
         # the kernel for grouped inputs covers the whole range of each group
-        trained = spec.granularity is not Granularity.GROUP
+        trained = not spec.is_float and spec.granularity is not Granularity.GROUP
         self.log_factor = nn.Parameter(torch.zeros_like(self.start), requires_grad=trained)
 
     @property
     def static(self) -> bool:
         """Whether one scale serves all tokens."""
-        return self.spec.granularity is Granularity.TENSOR
+        return not self.spec.is_float and self.spec.granularity is Granularity.TENSOR
 
     def value(self) -> Tensor:
         """Return the trained scale (TENSOR) or clip ratio, float32 scalar."""
@@ -74,6 +82,8 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Round x [..., K] and return it as float32."""
         x = x.float()
+        if self.spec.is_float:
+            return x
         quant_min, quant_max = activation_range(self.spec.bits)
         if self.static:
             return fake_quantize(x, self.value(), quant_min, quant_max)
@@ -93,7 +103,8 @@ class QuantizationAwareLinear(nn.Module):
         change: Returns dW [out, in], with a gradient; None where nothing is trained but scales.
 
     Raises:
-        ValueError: The weight has another shape than the integers.
+        ValueError: The weight has another shape than the integers, or the checkpoint leaves it in
+            float.
     """
 
     bias: Tensor | None
@@ -107,6 +118,10 @@ class QuantizationAwareLinear(nn.Module):
     ) -> None:
         super().__init__()
         spec = quantized.weight_spec
+        if spec.bits == UNQUANTIZED_BITS:
+            raise ValueError(
+                f"a weight of {spec.bits} bits is not rounded; override its input to 16 bits too"
+            )
         self.weight_spec = spec
         self.input_quantizer = input_quantizer
         self.change = change
