@@ -68,7 +68,7 @@ def quantize_input(
     quant_min, quant_max = activation_range(spec.bits)
     byte_zero = graph.constant(np.uint8(ZERO_POINT))
     token_scale = zero_point = None
-    scaled, scale = x, graph.constant(np.float32(1.0))
+    scaled = x
     if spec.granularity is Granularity.TENSOR:
         assert input_scale is not None
         scale = graph.constant(np.float32(input_scale))
@@ -81,6 +81,8 @@ def quantize_input(
         token_scale, zero_point = _scale_and_zero_point(graph, x, spec, name)
         ratio = graph.value("Div", [x, token_scale], f"{name}/Div")
         scaled = graph.value("Add", [ratio, zero_point], f"{name}/Add")
+    if token_scale is not None:
+        scale = graph.constant(np.float32(1.0))
     q = graph.value("QuantizeLinear", [scaled, scale, byte_zero], f"{name}/QuantizeLinear")
     if spec.bits < 8:
         low, high = (
@@ -167,7 +169,7 @@ def integer_linear(
     if x.zero_point is not None:
         sums = [checkpoint.integers(linear).sum(axis=1, dtype=np.int32) for linear in linears]
         column = graph.weight(
-            f"{name}.column_sum", ir.tensor((np.concatenate(sums) * scales).astype(np.float32))
+            f"{name}.column_sum", ir.tensor(np.concatenate(sums).astype(np.float32) * scales)
         )
         offset = graph.value("Mul", [x.zero_point, column], f"{name}/zero/Mul")
         y = graph.value("Sub", [y, offset], f"{name}/zero/Sub")

@@ -55,8 +55,8 @@ class Budget:
         return cls(*averages)
 
     def __str__(self) -> str:
-        weight = "" if self.weight_bits is None else f"W{self.weight_bits:g}"
-        return weight + ("" if self.activation_bits is None else f"A{self.activation_bits:g}")
+        weight = "" if self.weight_bits is None else f"W{self.weight_bits:.8g}"
+        return weight + ("" if self.activation_bits is None else f"A{self.activation_bits:.8g}")
 
     def of(self, part: Part) -> float | None:
         """Return the average for weights or for inputs."""

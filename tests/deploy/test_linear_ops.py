@@ -140,8 +140,8 @@ def reference_quantizer(spec: ActivationSpec, scale: float | None, x: np.ndarray
         spec,
         None if scale is None else torch.tensor(scale),
     )
-    q, found = module.quantize_input(torch.from_numpy(x))
-    return q.numpy(), found.numpy()
+    found = module.quantize_input(torch.from_numpy(x))
+    return found.q.numpy(), found.scale.numpy()
 
 
 def ties(scale: float) -> np.ndarray:
