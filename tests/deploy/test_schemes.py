@@ -22,7 +22,7 @@ from deploy.checkpoint_settings import (
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.export import DATA_NAME
 from deploy.kernels import Kernel
-from deploy.session import GRAPH_NAME
+from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
 from rolora.linear import InputQuantizedLinear, QuantizedLinear
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
@@ -71,19 +71,24 @@ def test_the_graph_computes_what_the_checkpoint_does(
 
 
 @pytest.mark.parametrize(
-    ("scheme", "texts", "options"),
+    ("scheme", "texts", "options", "graphs"),
     [
-        ("W8A8", ["head=A16"], {}),
-        ("W4A8", ["down=W8", "v=W8"], {}),
-        ("W8A8", [], {"asymmetric": True, "static": False}),
+        ("W8A8", ["head=A16"], {}, {GRAPH_NAME, HEAD_NAME}),
+        ("W4A8", ["down=W8", "v=W8"], {}, {TOKEN_NAME, PROMPT_NAME, HEAD_NAME}),
+        ("W8A8", [], {"asymmetric": True, "static": False}, {GRAPH_NAME, HEAD_NAME}),
     ],
 )
-def test_eight_bits_still_leave_as_two_graphs(
-    model: Path, tmp_path: Path, scheme: str, texts: list[str], options: dict[str, Any]
+def test_exceptions_leave_the_choice_of_graphs_alone(
+    model: Path,
+    tmp_path: Path,
+    scheme: str,
+    texts: list[str],
+    options: dict[str, Any],
+    graphs: set[str],
 ) -> None:
     checkpoint = quantize(model, tmp_path / "checkpoint", scheme, *texts, **options)
     make_export(checkpoint, tmp_path / "onnx", Kernel.AUTO)
-    assert not (tmp_path / "onnx" / GRAPH_NAME).exists()
+    assert {path.name for path in (tmp_path / "onnx").glob("*.onnx")} == graphs
     assert (tmp_path / "onnx" / DATA_NAME).is_file()
 
 
