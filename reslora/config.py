@@ -65,8 +65,8 @@ class AdapterConfig:
     depth: int = ALL_PREVIOUS
     """How many previous blocks a shortcut reaches back; -1 all of them, 0 is plain LoRA.
 
-    The paper's `pre_num`. Ignored where `structure` is None; an input shortcut reaches one layer
-    back whatever the depth, unless it is 0.
+    The paper's `pre_num`. Always -1 where `structure` is None, whatever was given, for no file
+    of a plain LoRA keeps it; an input shortcut reaches one layer back unless the depth is 0.
     """
     rslora: bool = False
     """Scale by alpha / sqrt(rank): rank-stabilized LoRA (arXiv:2312.03732)."""
@@ -94,6 +94,8 @@ class AdapterConfig:
                 )
         if faults:
             raise ValueError("adapter configuration: " + "; ".join(faults))
+        if self.structure is None:
+            object.__setattr__(self, "depth", ALL_PREVIOUS)
 
     @property
     def scaling(self) -> float:

@@ -177,6 +177,16 @@ def test_resuming_a_finished_run_trains_no_further(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_plain_lora_keeps_its_best_state_whatever_depth_is_given(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    report = train(llama, chat_tokenizer, targets, tmp_path, config=AdapterConfig(rank=3, depth=4))
+    assert report.best_step is not None
+
+
 def test_resume_without_a_checkpoint_starts_at_the_beginning(
     llama: LlamaForCausalLM,
     targets: list[str],
