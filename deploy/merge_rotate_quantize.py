@@ -41,6 +41,7 @@ from deploy.staging import require_free_space
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
+from rolora.layer_plan import plan_layers
 from rolora.online import install_online_rotations
 from rolora.quantize import LayerError, quantize_decoder
 from rolora.rotation import RotationName, RotationPlan
@@ -100,6 +101,11 @@ def merge_rotate_quantize(
         progress(f"{output} is finished already")
         return CheckpointReport(output, done, peak_memory_bytes())
     names = decoder_names(loaded.model.config)
+    if settings.recipe is not None:
+        try:
+            plan_layers(names, settings.recipe, settings.overrides)
+        except ValueError as error:
+            raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
     plan = choose_rotation(names, settings.rotation, adapter)
     with new_artifact(output) as directory:
         with torch.no_grad():
