@@ -1,14 +1,13 @@
-"""The loss of a language model from the hidden states before its head, without its logits.
+"""The loss of a frozen head, a few tokens at a time, with its gradient computed on the way.
 
-Logits of a large vocabulary are most of the memory of a training step: [tokens, vocabulary] floats,
-several times over. Loss and gradient are therefore computed together, a few hundred tokens at a
-time, while the forward pass runs:
+The logits of a window are its largest tensor by far, tokens times vocabulary, and autograd would
+keep several of that size. But with z = W h + b and a frozen W, the gradient by h is known at once:
 
-    z = h W^T,      p = softmax(z)
-    cross-entropy   -log p[label]                d/dz = p - onehot(label)
-    distillation    KL(p_t || p)                 d/dz = p - p_t
+    cross-entropy      mean log sum_v exp z_v - z_target         dh = W^T (softmax z - onehot) / T
+    KL to a teacher    mean KL(softmax z' || softmax z)          dh = W^T (softmax z - softmax z') / T
 
-with p_t the prediction of a teacher, and dh = dz W. The head's weight W is not trained.
+z' are the logits of a teacher's head for its hidden states. So the forward pass keeps the gradient,
+of h's size, and drops the logits.
 """
 
 from __future__ import annotations
@@ -21,58 +20,84 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_TOKENS_AT_ONCE = 256
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits at a time (64 MiB in float32)."""
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """What a teacher says of the same tokens."""
+class Head:
+    """A linear that is not trained; products are computed in its dtype, softmax in float32."""
 
+    weight: Tensor
+    """float [V, D]."""
+    bias: Tensor | None = None
+    """float [V]."""
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Return log softmax of the logits, float32 or wider [T, V], for hidden [T, D]."""
+        weight = self.weight
+        bias = None if self.bias is None else self.bias.to(weight)
+        logits = functional.linear(hidden.to(weight), weight, bias)
+        at_least = torch.promote_types(logits.dtype, torch.float32)
+        return torch.log_softmax(logits.to(at_least), dim=-1)
+
+
+@dataclass(frozen=True)
+class _Teacher:
     hidden: Tensor
-    """[N, D'], before its head."""
-    head: Tensor
-    """Weight of its head, [V, D']."""
+    head: Head
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, target: Tensor | Teacher) -> Tensor:
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
-            logits = functional.linear(hidden[part].to(head.dtype), head).float()
-            log_p = functional.log_softmax(logits, dim=-1)
-            if isinstance(target, Teacher):
-                theirs = functional.linear(target.hidden[part].to(target.head.dtype), target.head)
-                log_t = functional.log_softmax(theirs.float(), dim=-1)
-                p_t = log_t.exp()
-                total += (p_t * log_t.sub_(log_p)).sum()
-                of_logits = log_p.exp_().sub_(p_t)
+    def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor | _Teacher) -> Tensor:
+        tokens = hidden.shape[0]
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
+            log_q = head.log_probabilities(hidden[rows])
+            if isinstance(target, _Teacher):
+                log_p = target.head.log_probabilities(target.hidden[rows])
+                total += functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                change = log_q.exp_().sub_(log_p.exp_())
             else:
-                labels = target[part, None]
-                total -= log_p.gather(1, labels).sum()
-                of_logits = log_p.exp_()
-                of_logits.scatter_add_(1, labels, torch.full_like(of_logits[:, :1], -1.0))
+                chosen = target[rows, None]
+                total -= log_q.gather(1, chosen).sum()
+                change = log_q.exp_().scatter_add_(1, chosen, log_q.new_full(chosen.shape, -1.0))
             if gradient is not None:
-                gradient[part] = (of_logits.to(head.dtype) @ head).to(gradient.dtype)
+                gradient[rows] = (change.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
+            ctx.save_for_backward(gradient.div_(tokens))
+        return (total / tokens).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (of_hidden,) = ctx.saved_tensors
-        return of_hidden * gradients[0], None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None
 
 
-def head_loss(hidden: Tensor, head: Tensor, target: Tensor | Teacher) -> Tensor:
-    """Return the summed loss of N positions, float32 scalar, with a gradient for `hidden`.
+def cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a frozen head; gradients reach the hidden states.
 
     Args:
-        hidden: float32 [N, D], inputs of the head.
-        head: Its weight [V, D]; products are computed in its dtype, sums in float32.
-        target: Labels int64 [N] for cross-entropy, or a teacher for KL divergence.
+        hidden: float [T, D].
+        head: The head.
+        targets: int64 [T].
     """
     apply: Callable[..., Tensor] = _HeadLoss.apply
-    return apply(hidden, head, target)
+    return apply(hidden, head, targets)
+
+
+def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head) -> Tensor:
+    """Return the mean KL divergence from a teacher; gradients reach the hidden states.
+
+    Args:
+        hidden: float [T, D].
+        head: The head.
+        teacher: The teacher's hidden states, float [T, D'].
+        teacher_head: Its head.
+    """
+    apply: Callable[..., Tensor] = _HeadLoss.apply
+    return apply(hidden, head, _Teacher(teacher, teacher_head))

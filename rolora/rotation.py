@@ -16,6 +16,8 @@ read.
   are drawn per factor of H, so that two small matrices are all of it.
 - Kind `orthogonal`: Haar random, for sizes without a Hadamard matrix. R1 and R2 are dense; R4 is a
   Kronecker product of two, from the most balanced factors of its size (dense if it is prime).
+- Kind `learned`: R1 and R2 are matrices, R4 is signs as for `hadamard`. Drawing it gives the random
+  Hadamard matrices where learning (`rolora.learned`) starts; `with_matrices` puts in where it ends.
 
 Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406) for R2 offline, RoLoRA (2407.08044).
 Departure: RoLoRA's release redraws its rotation at merge time and lands in another basis. Here what
@@ -53,6 +55,11 @@ class RotationKind(StrEnum):
 
     HADAMARD = "hadamard"
     ORTHOGONAL = "orthogonal"
+    LEARNED = "learned"
+
+
+DRAWN_KINDS = (RotationKind.HADAMARD, RotationKind.ORTHOGONAL)
+"""Kinds that are complete when drawn."""
 
 
 class RotationName(StrEnum):
@@ -120,13 +127,13 @@ class RotationPlan:
         Args:
             names: Sizes of the decoder.
             rotations: Which to draw; none is a plan that changes nothing.
-            kind: Hadamard with random signs, or Haar random.
+            kind: Hadamard with random signs, Haar random, or the former as a start for learning.
             seed: Any integer.
             one_r2: Give every layer the R2 of the first.
 
         Raises:
-            ValueError: Kind `hadamard` and a size that no construction reaches; the message names
-                the rotation, the size and the way out.
+            ValueError: Kind `hadamard` or `learned` and a size that no construction reaches; the
+                message names the rotation, the size and the way out.
         """
         sizes = {
             RotationName.R1: ("hidden_size", names.hidden_size),
@@ -146,6 +153,27 @@ class RotationPlan:
                 stacked = torch.stack([tensors[entry] for tensors in drawn])
                 content[f"{name}.{entry}"] = stacked if name is RotationName.R2 else stacked[0]
         return cls._build(kind, seed, content)
+
+    def with_matrices(self, r1: Tensor, r2: Tensor) -> RotationPlan:
+        """Return a plan of kind `learned` with other R1 and R2.
+
+        Args:
+            r1: float64 [hidden, hidden], orthogonal.
+            r2: float64 [layers, head_dim, head_dim], orthogonal.
+
+        Raises:
+            ValueError: This plan is of another kind, or a matrix is of another shape or not
+                orthogonal.
+        """
+        if self.kind is not RotationKind.LEARNED:
+            raise ValueError(f"rotation plan: expected one of kind learned, got {self.kind}")
+        content = dict(self.content)
+        for key, new in (("R1.matrix", r1), ("R2.matrix", r2)):
+            if key not in content or content[key].shape != new.shape:
+                expected = tuple(content[key].shape) if key in content else "none"
+                raise ValueError(f"{key}: expected shape {expected}, got {tuple(new.shape)}")
+            content[key] = new
+        return self._build(self.kind, self.seed, content)
 
     @classmethod
     def from_saved(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RotationPlan:
@@ -176,6 +204,7 @@ class RotationPlan:
         Kind `hadamard` (int8, +-1): `R1.signs` [hidden], `R2.signs` [layers, head_dim],
         `R4.left_signs` [l], `R4.right_signs` [r]. Kind `orthogonal` (float64): `R1.matrix` [hidden,
         hidden], `R2.matrix` [layers, head_dim, head_dim], `R4.left` [l, l], `R4.right` [r, r].
+        Kind `learned`: R1 and R2 as in `orthogonal`, R4 as in `hadamard`.
         """
         return dict(self.content)
 
@@ -185,7 +214,7 @@ class RotationPlan:
         for name, members in self._members():
             left, right = members[0].left.shape[0], members[0].right.shape[0]
             entry = {"size": members[0].size, "factors": [left, right], "count": len(members)}
-            if self.kind is RotationKind.HADAMARD:
+            if _are_signs(self.kind, name):
                 entry["construction"] = hadamard_construction(members[0].size)
             rotations[str(name)] = entry
         return {
@@ -205,8 +234,8 @@ class RotationPlan:
         sha = hashlib.sha256(f"rolora rotation 1 {self.kind}".encode())
         for name, tensor in sorted(self.content.items()):
             _update_digest(sha, name, tensor)
-        if self.kind is RotationKind.HADAMARD:
-            for rotation_name, members in self._members():
+        for rotation_name, members in self._members():
+            if _are_signs(self.kind, rotation_name):
                 _update_digest(sha, f"{rotation_name} probe", probe_hadamard(members[0]))
         return sha.hexdigest()
 
@@ -259,9 +288,9 @@ class RotationPlan:
                 _check_content(kind, name, key, tensor)
             layers = tensors[0] if name is RotationName.R2 else None
             members[name] = (
-                (_build_rotation(kind, tensors),)
+                (_build_rotation(kind, name, tensors),)
                 if layers is None
-                else tuple(_build_rotation(kind, [one]) for one in layers)
+                else tuple(_build_rotation(kind, name, [one]) for one in layers)
             )
         r1, r4 = (members.get(name, (None,))[0] for name in (RotationName.R1, RotationName.R4))
         return cls(kind, seed, content, r1, members.get(RotationName.R2), r4)
@@ -313,9 +342,16 @@ def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
             )
 
 
+def _are_signs(kind: RotationKind, name: RotationName) -> bool:
+    """Tell whether a rotation is kept as the signs of a Hadamard matrix, or as matrices."""
+    return kind is RotationKind.HADAMARD or (
+        kind is RotationKind.LEARNED and name is RotationName.R4
+    )
+
+
 def _entries(kind: RotationKind, name: RotationName) -> tuple[str, ...]:
     """Name the tensors of one rotation; R4 is kept per factor."""
-    if kind is RotationKind.HADAMARD:
+    if _are_signs(kind, name):
         return ("left_signs", "right_signs") if name is RotationName.R4 else ("signs",)
     return ("left", "right") if name is RotationName.R4 else ("matrix",)
 
@@ -325,26 +361,28 @@ def _draw(
 ) -> dict[str, Tensor]:
     key = hashlib.sha256(f"{seed} {name} {layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
-    hadamard = kind is RotationKind.HADAMARD
+    hadamard = kind is not RotationKind.ORTHOGONAL
     factors = hadamard_factors(size) if hadamard else balanced_factors(size)
     orders = factors if name is RotationName.R4 else (size,)
     draw_one = random_signs if hadamard else random_orthogonal
-    entries = zip(_entries(kind, name), orders, strict=True)
-    return {entry: draw_one(order, generator) for entry, order in entries}
+    drawn = [draw_one(order, generator) for order in orders]
+    if hadamard and not _are_signs(kind, name):
+        drawn = [hadamard_rotation(signs).dense() for signs in drawn]
+    return dict(zip(_entries(kind, name), drawn, strict=True))
 
 
 def _check_content(kind: RotationKind, name: RotationName, key: str, tensor: Tensor) -> None:
-    dims = (1 if kind is RotationKind.HADAMARD else 2) + (name is RotationName.R2)
+    dims = (1 if _are_signs(kind, name) else 2) + (name is RotationName.R2)
     if tensor.dim() != dims:
         raise ValueError(
             f"{key}: expected {dims} dimensions, got a tensor of shape {tuple(tensor.shape)}"
         )
-    check = check_signs if kind is RotationKind.HADAMARD else check_orthogonal
+    check = check_signs if _are_signs(kind, name) else check_orthogonal
     check(key, tensor)
 
 
-def _build_rotation(kind: RotationKind, tensors: list[Tensor]) -> Rotation:
-    if kind is RotationKind.HADAMARD:
+def _build_rotation(kind: RotationKind, name: RotationName, tensors: list[Tensor]) -> Rotation:
+    if _are_signs(kind, name):
         single, factored = hadamard_rotation, factored_hadamard_rotation
         return single(*tensors) if len(tensors) == 1 else factored(*tensors)
     return dense_rotation(*tensors) if len(tensors) == 1 else Rotation(*tensors)
