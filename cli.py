@@ -134,6 +134,13 @@ class KindName(StrEnum):
     ORTHOGONAL = "orthogonal"
 
 
+class ObjectiveName(StrEnum):
+    """Values of --objective."""
+
+    KL = "kl"
+    CE = "ce"
+
+
 class WeightsName(StrEnum):
     """Values of --weights."""
 
@@ -195,6 +202,10 @@ MERGE_HELP = (
 CALIBRATION_HELP = (
     "Calibration text: JSONL(.gz) or text file, or hub id. Default: a sample of ours."
 )
+ROTATION_HELP = "Take the rotation of this artifact, such as learn-rotation wrote."
+GROUP_HELP = "Input columns that share a weight scale; needs A8. Default: whole channels."
+CLIP_HELP = "Part of a token's range that its scale covers. Default: 1, or 0.9 below 6 bits."
+STATIC_HELP = "Calibrated scales after norms. Default: static if R1 is used."
 MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
 
 
@@ -318,6 +329,7 @@ def finetune_command(
         LearnFromName,
         typer.Option(help="With --start: the float model's predictions, or the data's tokens."),
     ] = LearnFromName.TEACHER,
+    rotation: Annotated[Path | None, typer.Option(help=ROTATION_HELP)] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest training checkpoint.")
     ] = False,
@@ -382,6 +394,7 @@ def finetune_command(
         rotation_seed=rotation_seed,
         start=start,
         learn_from=LearnFrom(learn_from),
+        rotation=rotation,
     )
     if dry_run:
         shown = {"output": str(output), "preset": preset, "tensorboard": tensorboard}
@@ -501,14 +514,13 @@ def merge_rotate_quantize_command(
         KindName, typer.Option(help="How the rotations are drawn.")
     ] = KindName.HADAMARD,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
+    rotation: Annotated[Path | None, typer.Option(help=ROTATION_HELP)] = None,
     weights: Annotated[
         WeightsName, typer.Option(help="How weights are rounded.")
     ] = WeightsName.GPTQ,
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Input columns that share a weight scale; needs A8. Default: whole channels."
-        ),
+        typer.Option(help=GROUP_HELP),
     ] = None,
     clip_search: Annotated[
         bool, typer.Option(help="Search the clipping point of each weight scale.")
@@ -573,11 +585,11 @@ def merge_rotate_quantize_command(
     from rolora.overrides import Override
     from rolora.rotation import RotationKind
 
-    rotation = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed)
+    choice = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed)
     with _bad_values():
         recipe = choose_recipe(
             scheme,
-            rotation=rotation,
+            rotation=choice,
             weights=weights,
             group_size=group_size,
             clip_search=clip_search,
@@ -594,11 +606,12 @@ def merge_rotate_quantize_command(
         model=model,
         adapter=adapter,
         merge=None if merge is MergeName.AUTO else MergeMethod(merge),
-        rotation=rotation,
+        rotation=choice,
         recipe=recipe,
         calibration=calibration,
         overrides=overrides,
         budget=budget,
+        stored_rotation=rotation,
     )
     if dry_run:
         _print_json(
@@ -657,6 +670,110 @@ def pack_command(
             ("scheme", str(result["scheme"])),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
+        ],
+    )
+
+
+@app.command("learn-rotation")
+def learn_rotation_command(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    scheme: Annotated[
+        str, typer.Option(help="W8A8, W4A8, W4A4 ...: what the rotation is learned for.")
+    ],
+    output: Output,
+    calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
+    steps: Annotated[
+        int, typer.Option(help="Steps, a window of text each; 0 only chooses a draw.")
+    ] = 100,
+    learning_rate: Annotated[
+        float, typer.Option(help="Rate of the first step; it falls linearly to 0.")
+    ] = 1.5,
+    objective: Annotated[
+        ObjectiveName,
+        typer.Option(
+            help="kl: the float model's predictions are kept. ce: the text's probability."
+        ),
+    ] = ObjectiveName.KL,
+    best_of: Annotated[
+        int,
+        typer.Option(help="Draws to start from, of which the one with the least loss is taken."),
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first draw and of the text's order.")] = 0,
+    window_tokens: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    held_out: Annotated[
+        int, typer.Option(help="Windows for static scales and comparisons, not learned from.")
+    ] = 4,
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(help="Products in forward and backward pass; rotations are float64."),
+    ] = PrecisionName.FLOAT32,
+    shared_r2: Annotated[
+        bool,
+        typer.Option("--shared-r2", help="One R2 for all layers, as adapters with shortcuts need."),
+    ] = False,
+    group_size: Annotated[int | None, typer.Option(help=GROUP_HELP)] = None,
+    activation_clip: Annotated[float | None, typer.Option(help=CLIP_HELP)] = None,
+    static: Annotated[bool | None, typer.Option("--static/--dynamic", help=STATIC_HELP)] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Learn rotations for the activations of a scheme, for --rotation of the other stages."""
+    from deploy.checkpoint_settings import choose_recipe
+    from deploy.describe import learning_rows
+    from deploy.learn_rotation import LearnRotationSettings, learn_rotation_artifact
+    from rolora.learned import LearningSettings, Objective
+
+    with _bad_values():
+        recipe = choose_recipe(
+            scheme,
+            rotation=None,
+            group_size=group_size,
+            activation_clip=activation_clip,
+            static=static,
+        )
+    if recipe is None:
+        raise ConfigError(f"--scheme {scheme}: expected one that rounds activations, such as W4A4")
+    settings = LearnRotationSettings(
+        model=model,
+        recipe=recipe,
+        learning=LearningSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            objective=Objective(objective),
+            bfloat16=precision is PrecisionName.BFLOAT16,
+            one_r2=shared_r2,
+        ),
+        calibration=calibration,
+        seed=seed,
+        best_of=best_of,
+        tokens=window_tokens,
+        held_out=held_out,
+    )
+    if dry_run:
+        _print_json({"stage": "learn-rotation", "output": str(output), **settings.to_config()})
+        return
+    with _layer_bar() as bar:
+        task = bar.add_task("starting", total=None)
+        report = learn_rotation_artifact(
+            settings,
+            output,
+            lambda step: bar.update(task, description=step),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    result = report.to_dict()
+    _finish(
+        result,
+        as_json,
+        [
+            ("rotation", str(output)),
+            ("scheme", str(result["scheme"])),
+            *learning_rows(result["learning"]),
+            ("peak memory", _megabytes(report.peak_memory_bytes)),
+            (
+                "next",
+                f"rolora merge-rotate-quantize --model {model} --scheme {scheme} --rotation "
+                f"{output} --output ...",
+            ),
         ],
     )
 

@@ -52,6 +52,22 @@ def draw_adapter_basis(
     return RotationPlan.draw(names, frozenset(RotationName), kind, seed, one_r2=config.reach != 0)
 
 
+def require_adapter_basis(plan: RotationPlan, config: AdapterConfig) -> None:
+    """Refuse a rotation that was not drawn for an adapter, and does not fit its shortcuts.
+
+    Raises:
+        ValueError: The adapter has a shortcut, and R2 differs between the layers.
+    """
+    if config.reach == 0 or plan.r2 is None:
+        return
+    first = plan.r2[0].dense()
+    if not all(torch.equal(other.dense(), first) for other in plan.r2[1:]):
+        raise ValueError(
+            "expected one R2 for all layers, which an adapter with a shortcut needs, got an R2 for "
+            "each; learn it with --shared-r2, or train without --structure"
+        )
+
+
 def to_original_basis(
     adapter: Adapter,
     plan: RotationPlan,

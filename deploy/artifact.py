@@ -37,6 +37,7 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "checkpoint"
     ONNX = "onnx"
     MODEL = "model"
+    ROTATION = "rotation"
 
 
 MADE_BY = {
@@ -44,12 +45,14 @@ MADE_BY = {
     ArtifactKind.CHECKPOINT: "rolora merge-rotate-quantize",
     ArtifactKind.ONNX: "rolora export",
     ArtifactKind.MODEL: "rolora merge --to model",
+    ArtifactKind.ROTATION: "rolora learn-rotation",
 }
 TAKEN_BY = {
     ArtifactKind.ADAPTER: "rolora merge, merge-rotate-quantize or evaluate --adapter",
     ArtifactKind.CHECKPOINT: "rolora export --checkpoint, or rolora evaluate --model",
     ArtifactKind.ONNX: "rolora run, evaluate or bench --model",
     ArtifactKind.MODEL: "rolora finetune, merge, merge-rotate-quantize or evaluate --model",
+    ArtifactKind.ROTATION: "rolora merge-rotate-quantize or finetune --rotation",
 }
 
 

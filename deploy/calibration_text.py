@@ -58,3 +58,21 @@ def calibration_for(
     """Return `calibration_batches` that are no longer than the model reads."""
     limit = loaded.model.config.max_position_embeddings
     return calibration_batches(loaded.tokenizer, source, windows=windows, tokens=min(tokens, limit))
+
+
+def disjoint_batches(
+    loaded: LoadedModel, source: str | None, *, windows: int, tokens: int
+) -> list[dict[str, Tensor]]:
+    """Return windows as `calibration_for` does, but no more than fit without overlap.
+
+    Returns:
+        At most `windows` batches, evenly spaced over the text; none if it is too short for one.
+    """
+    tokens = min(tokens, loaded.model.config.max_position_embeddings)
+    text = sample_text("calibration.txt") if source is None else read_text(source)
+    ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    fitting = min(windows, len(ids) // tokens)
+    if not fitting:
+        return []
+    cut = cut_windows(loaded.tokenizer, text, fitting, tokens)
+    return [{"input_ids": torch.from_numpy(window)[None]} for window in cut.ids]

@@ -149,6 +149,8 @@ class CheckpointSettings:
     calibration: str | None
     calibration_windows: int = 16
     calibration_tokens: int = 512
+    stored_rotation: Path | None = None
+    """Artifact whose rotation is used, in place of `rotation`."""
     overrides: tuple[Override, ...] = ()
     """Bits of single linears."""
     budget: Budget | None = None
@@ -187,6 +189,7 @@ class CheckpointSettings:
             "rotate": None if choice is None else sorted(choice.names),
             "rotation_kind": None if choice is None else str(choice.kind),
             "rotation_seed": None if choice is None else choice.seed,
+            "rotation": None if self.stored_rotation is None else str(self.stored_rotation),
             "recipe": recipe,
             "calibration": self.calibration,
             "calibration_windows": self.calibration_windows,

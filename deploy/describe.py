@@ -50,6 +50,8 @@ class Description:
         if rotation := details.get("rotation"):
             names = ", ".join(sorted(rotation["rotations"]))
             rows.append(("rotation", f"{names} ({rotation['kind']}, seed {rotation['seed']})"))
+        if learning := details.get("learning"):
+            rows += learning_rows(learning)
         if linears := details.get("linears"):
             rows.append(("quantized linears", str(len(linears))))
         rows += merge_rows(details.get("merge") or {})
@@ -109,6 +111,18 @@ def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{name} {found['kl_mean']:.3g}" for name, found in merge.get("candidates", {}).items()
     ]
     return [("merge", chosen)] + [("KL of each method", ", ".join(tried))] * bool(tried)
+
+
+def learning_rows(learning: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what learning a rotation came to.
+
+    Args:
+        learning: Details of a rotation's manifest.
+    """
+    before, after = learning["held_out_before"], learning["held_out_after"]
+    rows = [("held-out loss", f"{before:.4f} before, {after:.4f} after {learning['steps']} steps")]
+    draws = [f"seed {seed}: {loss:.4f}" for seed, loss in learning["draws"].items()]
+    return rows + [("loss of each draw", ", ".join(draws))] * bool(draws)
 
 
 def training_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:

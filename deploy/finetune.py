@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from deploy.adapter_basis import draw_adapter_basis
+from deploy.adapter_basis import draw_adapter_basis, require_adapter_basis
 from deploy.architecture import decoder_names
 from deploy.artifact import (
     ArtifactKind,
@@ -51,6 +51,7 @@ from deploy.quantized_training import (
 )
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
+from deploy.stored_rotation import StoredRotation, open_rotation
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters
 from reslora.checkpoints import refuse_existing
@@ -59,6 +60,7 @@ from reslora.settings import Precision, TrainSettings
 from reslora.train import train_adapter
 from reslora.train_report import TrainReport
 from reslora.training_extension import TrainingExtension
+from rolora.decoder import DecoderNames
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationPlan
 
@@ -93,18 +95,35 @@ class FinetuneSettings:
     """A quantized checkpoint whose rounding training goes through; its rotation is used."""
     learn_from: LearnFrom = LearnFrom.TEACHER
     """With a start only."""
+    rotation: Path | None = None
+    """Artifact whose rotation method rolora uses, in place of drawing one."""
 
     def __post_init__(self) -> None:
         """Check method and structure against each other.
 
         Raises:
-            ConfigError: reslora without a structure, lora with one, or rolora or a start for an
-                encoder.
+            ConfigError: reslora without a structure, lora with one, rolora or a start for an
+                encoder, or a rotation without rolora or beside the kind, seed or start of another.
         """
         if self.start is not None and self.task is TrainingTask.CLASSIFICATION:
             raise ConfigError(
                 "--start trains decoders only: encoders are not quantized; leave it out"
             )
+        if self.rotation is not None:
+            if self.method is not Method.ROLORA:
+                raise ConfigError(
+                    f"--rotation {self.rotation}: --method {self.method} trains in the model's own "
+                    f"basis; use --method rolora, or leave it out"
+                )
+            if self.start is not None:
+                raise ConfigError(
+                    f"--start {self.start} brings its own rotation; leave --rotation out"
+                )
+            if (self.rotation_kind, self.rotation_seed) != (RotationKind.HADAMARD, 0):
+                raise ConfigError(
+                    f"--rotation {self.rotation} is a whole rotation; leave --rotation-kind and "
+                    f"--rotation-seed out"
+                )
         if self.method is Method.ROLORA and self.task is TrainingTask.CLASSIFICATION:
             raise ConfigError(
                 "--method rolora rotates decoders only; --task classification takes reslora or lora"
@@ -119,7 +138,9 @@ class FinetuneSettings:
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
-        return asdict(self) | {"start": None if self.start is None else str(self.start)}
+        paths = {"start": self.start, "rotation": self.rotation}
+        plain = {name: None if path is None else str(path) for name, path in paths.items()}
+        return asdict(self) | plain
 
 
 @dataclass(frozen=True)
@@ -173,6 +194,9 @@ def finetune(
     parents = {"model": loaded.digest} | _data_digests(settings)
     if start is not None:
         parents["start"] = start.manifest.digest
+    stored = None if settings.rotation is None else open_rotation(settings.rotation)
+    if stored is not None:
+        parents["rotation"] = stored.digest
     if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
         progress(f"{output} is finished already")
         return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
@@ -180,10 +204,10 @@ def finetune(
     checkpoints = output.with_name(f"{output.name}.training")
     try:
         if start is None:
-            prepared = _prepare(loaded, settings, targets, rows.head)
+            prepared = _prepare(loaded, settings, targets, rows.head, stored)
         else:
             prepared = _prepare_aware(loaded, settings, targets, start)
-        _claim_checkpoints(checkpoints, _basis(parents, settings), resume=resume)
+        _claim_checkpoints(checkpoints, _basis(parents, settings, stored), resume=resume)
         progress(f"training on {rows.count} examples")
         data = rows.data(loaded, settings.training)
         training = train_adapter(
@@ -226,7 +250,9 @@ def _process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _basis(parents: Mapping[str, str], settings: FinetuneSettings) -> dict[str, Any]:
+def _basis(
+    parents: Mapping[str, str], settings: FinetuneSettings, stored: StoredRotation | None
+) -> dict[str, Any]:
     """Return what tells the weights that an adapter is trained on from all others."""
     rotated = settings.method is Method.ROLORA
     return {
@@ -234,6 +260,7 @@ def _basis(parents: Mapping[str, str], settings: FinetuneSettings) -> dict[str, 
         "start": parents.get("start"),
         "rotation_kind": settings.rotation_kind.value if rotated else None,
         "rotation_seed": settings.rotation_seed if rotated else None,
+        "rotation": None if stored is None else stored.plan.digest,
     }
 
 
@@ -286,25 +313,48 @@ class _Prepared:
 
 
 def _prepare(
-    loaded: LoadedModel, settings: FinetuneSettings, targets: list[str], head: str | None
+    loaded: LoadedModel,
+    settings: FinetuneSettings,
+    targets: list[str],
+    head: str | None,
+    stored: StoredRotation | None,
 ) -> _Prepared:
     """Rotate the model if the method does, and attach the adapter."""
+    names = None
     plan = None
     if settings.method is Method.ROLORA:
         names = decoder_names(loaded.model.config)
+        plan = _choose_rotation(loaded, settings, names, stored)
+        rotate_model(loaded, names, plan)
+    model = attach_adapters(
+        loaded.model, settings.adapter, targets, seed=settings.training.seed, head=head
+    )
+    if plan is not None and names is not None:
+        install_online_rotations(model, plan, names)
+    return _Prepared(model, plan)
+
+
+def _choose_rotation(
+    loaded: LoadedModel,
+    settings: FinetuneSettings,
+    names: DecoderNames,
+    stored: StoredRotation | None,
+) -> RotationPlan:
+    if stored is not None:
+        stored.require_sizes(names)
+        plan = stored.plan
+        try:
+            require_adapter_basis(plan, settings.adapter)
+        except ValueError as error:
+            raise ConfigError(f"--rotation {stored.directory}: {error}") from error
+    else:
         try:
             plan = draw_adapter_basis(
                 names, settings.adapter, settings.rotation_kind, settings.rotation_seed
             )
         except ValueError as error:
             raise UnsupportedModelError(f"{loaded.name}: {error}") from error
-        rotate_model(loaded, names, plan)
-    model = attach_adapters(
-        loaded.model, settings.adapter, targets, seed=settings.training.seed, head=head
-    )
-    if plan is not None:
-        install_online_rotations(model, plan, names)
-    return _Prepared(model, plan)
+    return plan
 
 
 def _prepare_aware(

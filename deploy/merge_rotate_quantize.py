@@ -38,6 +38,7 @@ from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from deploy.shortcut_merge import merge_stored_adapter, model_wide_figures
 from deploy.staging import require_free_space
+from deploy.stored_rotation import StoredRotation, open_rotation
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
@@ -97,6 +98,9 @@ def merge_rotate_quantize(
     if adapter is not None:
         adapter.require_base(loaded.digest, settings.model)
         parents["adapter"] = adapter.manifest_digest
+    stored = None if settings.stored_rotation is None else open_rotation(settings.stored_rotation)
+    if stored is not None:
+        parents["rotation"] = stored.digest
     if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, settings.to_config()):
         progress(f"{output} is finished already")
         return CheckpointReport(output, done, peak_memory_bytes())
@@ -106,7 +110,7 @@ def merge_rotate_quantize(
             plan_layers(names, settings.recipe, settings.overrides)
         except ValueError as error:
             raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
-    plan = choose_rotation(names, settings.rotation, adapter)
+    plan = choose_rotation(names, settings.rotation, adapter, stored)
     with new_artifact(output) as directory:
         with torch.no_grad():
             merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings, progress)
@@ -138,20 +142,39 @@ def merge_rotate_quantize(
 
 
 def choose_rotation(
-    names: DecoderNames, choice: RotationChoice | None, adapter: StoredAdapter | None
+    names: DecoderNames,
+    choice: RotationChoice | None,
+    adapter: StoredAdapter | None,
+    stored: StoredRotation | None = None,
 ) -> RotationPlan | None:
-    """Return the rotation to fuse: the adapter's own, or a fresh draw.
+    """Return the rotation to fuse: the adapter's own, that of an artifact, or a fresh draw.
 
     Args:
         names: The model's parts.
         choice: What the user asked for; None is the default.
         adapter: The adapter to merge, if any.
+        stored: The rotation of another artifact, if the user gave one.
 
     Raises:
-        ConfigError: The user asked for another rotation than the adapter was trained in.
+        ConfigError: The user asked for another rotation than the adapter was trained in, for two
+            rotations at once, or for one of another model.
         UnsupportedModelError: A size has no Hadamard matrix.
     """
     own = None if adapter is None else adapter.rotation
+    if stored is not None:
+        if choice is not None:
+            raise ConfigError(
+                f"--rotation {stored.directory} is a whole rotation; leave --rotate, "
+                f"--rotation-kind and --rotation-seed out"
+            )
+        if own is not None and own.digest != stored.plan.digest:
+            raise ConfigError(
+                f"the adapter was trained in the basis of {','.join(sorted(own.names))} "
+                f"({own.kind}, digest {own.digest[:12]}) and can be merged only there; --rotation "
+                f"{stored.directory} has another (digest {stored.plan.digest[:12]}): leave it out"
+            )
+        stored.require_sizes(names)
+        return stored.plan
     if own is not None:
         if choice is not None and (choice.names, choice.kind, choice.seed) != (
             own.names,

@@ -3,8 +3,8 @@
 The logits of a window are its largest tensor by far, tokens times vocabulary, and autograd would
 keep several of that size. But with z = W h + b and a frozen W, the gradient by h is known at once:
 
-    cross-entropy      mean log sum_v exp z_v - z_target         dh = W^T (softmax z - onehot) / T
-    KL to a teacher    mean KL(softmax z' || softmax z)          dh = W^T (softmax z - softmax z') / T
+    cross-entropy      mean log sum_v exp z_v - z_target      dh = W^T (softmax z - onehot) / T
+    KL to a teacher    mean KL(softmax z' || softmax z)       dh = W^T (softmax z - softmax z') / T
 
 z' are the logits of a teacher's head for its hidden states. So the forward pass keeps the gradient,
 of h's size, and drops the logits.

@@ -49,8 +49,8 @@ class LearningSettings:
     learning_rate: float = 1.5
     """Of the first step; it falls linearly to 0."""
     objective: Objective = Objective.DIVERGENCE
-    precision: torch.dtype = torch.float32
-    """Of products in forward and backward pass; the rotations are float64."""
+    bfloat16: bool = False
+    """Compute products in bfloat16; the rotations are float64 all the same."""
     one_r2: bool = False
     """Learn one R2 for all layers."""
 
@@ -75,7 +75,7 @@ class ActivationLoss:
         recipe: How inputs are quantized.
         basis: The first basis.
         objective: Which loss.
-        precision: Of the products.
+        bfloat16: Whether products are computed in bfloat16.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class ActivationLoss:
         recipe: QuantizationRecipe,
         basis: Basis,
         objective: Objective,
-        precision: torch.dtype,
+        bfloat16: bool,
     ) -> None:
         self._model = model
         self._objective = objective
-        self._precision = precision
+        self._bfloat16 = bfloat16
         head = model.get_submodule(names.head)
-        wide = head.get_parameter("weight").dtype == torch.float64
-        self._weight = head.get_parameter("weight").to(torch.float64 if wide else precision)
+        weight = head.get_parameter("weight").detach()
+        self._weight = weight.bfloat16() if bfloat16 else weight
         self._bias = getattr(head, "bias", None)
         self.inputs = RotatedInputs(model, names, recipe, basis)
 
@@ -125,8 +125,8 @@ class ActivationLoss:
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Return what the head reads, [T, hidden]."""
-        enabled = self._precision != torch.float32
-        with torch.autocast(batch["input_ids"].device.type, self._precision, enabled=enabled):
+        device = batch["input_ids"].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._bfloat16):
             hidden: Tensor = self._model.base_model(**batch, use_cache=False).last_hidden_state
         return hidden[0]
 
@@ -160,7 +160,7 @@ def learn_rotation(
         ValueError: The plan lacks a rotation or is of another kind or model, there is no text, or
             a loss or gradient is not finite.
     """
-    if not batches or not held_out:
+    if (settings.steps and not batches) or not held_out:
         raise ValueError("learning a rotation: expected text to learn from and to hold out")
     first = Basis.of(start)
     r1, r2 = first.r1, first.r2[:1] if settings.one_r2 else first.r2
@@ -211,7 +211,7 @@ def compare_starts(
         recipe: How inputs are quantized.
         plans: With R1, R2 and R4.
         batches: Text.
-        settings: Of these only the loss and the precision.
+        settings: Of these only the loss and its precision.
         progress: Called with the number of measured plans and the last one's loss.
 
     Raises:
@@ -245,7 +245,7 @@ def _activation_loss(
     basis, dtype = Basis.of(plan), model.get_parameter(f"{names.head}.weight").dtype
     basis = Basis(basis.r1.to(dtype), basis.r2.to(dtype), basis.r4)
     model.requires_grad_(False)
-    loss = ActivationLoss(model, names, recipe, basis, settings.objective, settings.precision)
+    loss = ActivationLoss(model, names, recipe, basis, settings.objective, settings.bfloat16)
     try:
         yield loss
     finally:

@@ -162,15 +162,12 @@ class RotatedInputs:
         return _Site(fqn, spec, lambda x: x @ self.basis.r1, lambda x: x @ self.basis.r1.mT)
 
     def _heads_site(self, fqn: str, spec: ActivationSpec, layer: int) -> _Site:
-        def turn(x: Tensor) -> Tensor:
-            r2 = self.basis.r2[layer]
-            return (x.unflatten(-1, (-1, r2.shape[0])) @ r2).flatten(-2)
-
-        def turn_back(x: Tensor) -> Tensor:
-            r2 = self.basis.r2[layer]
-            return (x.unflatten(-1, (-1, r2.shape[0])) @ r2.mT).flatten(-2)
-
-        return _Site(fqn, spec, turn, turn_back)
+        return _Site(
+            fqn,
+            spec,
+            lambda x: _turn_heads(x, self.basis.r2[layer]),
+            lambda x: _turn_heads(x, self.basis.r2[layer].mT),
+        )
 
     def _mlp_site(self, fqn: str, spec: ActivationSpec) -> _Site:
         return _Site(
@@ -213,6 +210,12 @@ class RotatedInputs:
                 )
             self._scales[site.fqn] = self._observers[site.fqn].scale(site.spec.bits)
         return self._scales[site.fqn]
+
+
+def _turn_heads(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply each head of x [..., heads * n] by a matrix [n, n]."""
+    heads = x.unflatten(-1, (-1, matrix.shape[0]))
+    return (heads @ matrix).flatten(-2)
 
 
 def _pass_by(_site: _Site, x: Tensor) -> Tensor:

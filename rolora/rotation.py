@@ -344,9 +344,8 @@ def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
 
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:
     """Tell whether a rotation is kept as the signs of a Hadamard matrix, or as matrices."""
-    return kind is RotationKind.HADAMARD or (
-        kind is RotationKind.LEARNED and name is RotationName.R4
-    )
+    learned = kind is RotationKind.LEARNED
+    return kind is RotationKind.HADAMARD or (learned and name is RotationName.R4)
 
 
 def _entries(kind: RotationKind, name: RotationName) -> tuple[str, ...]:

@@ -51,4 +51,5 @@ def nearest_orthogonal(matrices: Tensor) -> Tensor:
         matrices: float64 [..., n, n], of full rank.
     """
     left, _, right = torch.linalg.svd(matrices)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
