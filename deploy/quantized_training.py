@@ -39,7 +39,7 @@ from reslora.inside_weight import WeightChange, put_inside_weights, require_insi
 from reslora.training_extension import TrainingExtension
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
-from rolora.head_loss import Teacher, head_loss
+from rolora.head_loss import Head, cross_entropy, divergence
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
 from rolora.quantization_aware import InputQuantizer, QuantizationAwareLinear
@@ -229,14 +229,12 @@ class _HeadObjective:
     ) -> None:
         head = aware.head
         weight = head.dequantized_weight() if isinstance(head, QuantizedLinear) else head.weight
-        if head.bias is not None:
-            raise ConfigError(
-                "quantization-aware training: the model's head has a bias, which is not supported"
-            )
-        self._head = weight.detach().to(dtype)
+        self._head = Head(weight.detach().to(dtype), head.bias)
         self._teacher = teacher
         if teacher is not None:
-            self._teacher_head = teacher.get_submodule(aware.names.head).weight
+            their_head = teacher.get_submodule(aware.names.head)
+            assert isinstance(their_head, nn.Linear)
+            self._teacher_head = Head(their_head.weight, their_head.bias)
             teacher.set_submodule(aware.names.head, nn.Identity())
 
     def __call__(
@@ -246,14 +244,13 @@ class _HeadObjective:
         labels = inputs["labels"][:, 1:]
         learned = labels != IGNORED
         hidden = model(**fed).logits[:, :-1][learned]
-        target: Tensor | Teacher = labels[learned]
-        if self._teacher is not None:
+        if self._teacher is None:
+            mean = cross_entropy(hidden.float(), self._head, labels[learned])
+        else:
             with torch.no_grad():
                 theirs = self._teacher(**fed).logits[:, :-1][learned]
-            assert isinstance(self._teacher_head, Tensor)
-            target = Teacher(theirs, self._teacher_head)
-        total = head_loss(hidden.float(), self._head.to(hidden.device), target)
-        return total / (learned.sum() if items is None else items)
+            mean = divergence(hidden.float(), self._head, theirs, self._teacher_head)
+        return mean if items is None else mean * (learned.sum() / items)
 
 
 def save_scales(aware: AwareModel, directory: Path) -> None:

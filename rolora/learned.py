@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rolora.decoder import DecoderNames
-from rolora.head_loss import cross_entropy, divergence
+from rolora.head_loss import Head, cross_entropy, divergence
 from rolora.rotated_inputs import Basis, RotatedInputs
 from rolora.rotation import RotationPlan, applications
 from rolora.scheme import QuantizationRecipe
@@ -92,8 +92,7 @@ class ActivationLoss:
         self._bfloat16 = bfloat16
         head = model.get_submodule(names.head)
         weight = head.get_parameter("weight").detach()
-        self._weight = weight.bfloat16() if bfloat16 else weight
-        self._bias = getattr(head, "bias", None)
+        self._head = Head(weight.bfloat16() if bfloat16 else weight, getattr(head, "bias", None))
         self.inputs = RotatedInputs(model, names, recipe, basis)
 
     def observe(self, batches: Sequence[Batch]) -> None:
@@ -115,8 +114,8 @@ class ActivationLoss:
         with self.inputs.rounded():
             hidden = self._hidden(batch)[:-1]
         if teacher is not None:
-            return divergence(hidden, self._weight, self._bias, teacher)
-        return cross_entropy(hidden, self._weight, self._bias, batch["input_ids"][0, 1:])
+            return divergence(hidden, self._head, teacher, self._head)
+        return cross_entropy(hidden, self._head, batch["input_ids"][0, 1:])
 
     def mean(self, batches: Sequence[Batch]) -> float:
         """Return the mean over batches, without gradients."""

@@ -29,7 +29,8 @@ from deploy.shortcut_merge import AUTO
 from reslora.config import Structure
 from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, Scheduler
-from rolora.rotation import RotationKind
+from rolora.learned import Objective
+from rolora.rotation import DRAWN_KINDS
 from rolora.scheme import AUTO as CHOSEN
 from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
@@ -43,8 +44,8 @@ from tests.deploy.tiny_classifiers import save_encoder, write_labelled
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
-    *("finetune", "merge", "merge-rotate-quantize", "export", "run", "evaluate", "bench"),
-    "inspect",
+    *("finetune", "merge", "learn-rotation", "merge-rotate-quantize", "export", "run"),
+    *("evaluate", "bench", "inspect"),
 )
 
 
@@ -175,6 +176,27 @@ def test_the_stages_run_from_the_command_line_with_json(
     )
     assert result.code == 0, result.err
     assert json.loads(result.out)["prefill_tokens_per_s"] > 0
+
+
+def test_a_rotation_is_learned_shown_and_used(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    result = terminal(
+        *("learn-rotation", "--model", base / "model", "--scheme", "W4A4", "--steps", 2),
+        *("--best-of", 2, "--window-tokens", 16, "--held-out", 1, "--output", tmp_path / "r"),
+        "--json",
+    )
+    assert result.code == 0, result.err
+    learning = json.loads(result.out)["learning"]
+    assert (learning["steps"], sorted(learning["draws"])) == (2, ["0", "1"])
+    shown = terminal("inspect", tmp_path / "r").out
+    assert "R1, R2, R4 (learned, seed" in shown
+    assert "after 2 steps" in shown
+    result = terminal(
+        *mrq(base, "--scheme", "FP32", "--rotation", tmp_path / "r"),
+        *("--output", tmp_path / "checkpoint", "--json"),
+    )
+    assert result.code == 0, result.err
 
 
 def test_a_merge_says_how_far_it_is_from_the_unmerged_model(
@@ -321,6 +343,8 @@ def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
     """Name each fault: exit code, words of the message, command line without --output."""
     tune = ["finetune", "--model", base / "model", "--data"]
     rows = base / "rows.jsonl"
+    learn = ["learn-rotation", "--model", base / "model"]
+    learn_w4a4 = [*learn, "--scheme", "W4A4"]
     return {
         "unknown preset": (2, "'reslora-nlg', 'reslora-nlu'", [*tune, rows, "--preset", "lora"]),
         "nothing to stop by": (
@@ -384,6 +408,25 @@ def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
             "--method lora has no shortcuts",
             [*tune, rows, "--method", "lora", "--structure", "block"],
         ),
+        "no rotation": (
+            3,
+            "rolora learn-rotation",
+            mrq(base, "--scheme", "W8A8", "--rotation", base / "onnx"),
+        ),
+        "two rotations": (
+            2,
+            "leave --rotate",
+            mrq(base, "--scheme", "W8A8", "--rotation", base / "checkpoint", "--rotate", "r1"),
+        ),
+        "rotation without rolora": (
+            2,
+            "use --method rolora",
+            [*tune, rows, "--method", "lora", "--rotation", base / "checkpoint"],
+        ),
+        "nothing to learn for": (2, "such as W4A4", [*learn, "--scheme", "FP32"]),
+        "no steps": (2, "--steps: expected at least 0, got -1", [*learn_w4a4, "--steps", -1]),
+        "no rate": (2, "positive number, got 0.0", [*learn_w4a4, "--learning-rate", 0]),
+        "long windows": (2, "held out, got 0; give", [*learn_w4a4, "--calibration", rows]),
         "not a checkpoint": (3, "rolora merge-rotate", ["export", "--checkpoint", base / "model"]),
         "no checkpoint": (2, "no such directory", ["export", "--checkpoint", tmp / "absent"]),
     }
@@ -615,7 +658,8 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.MergeName, [*MergeMethod, AUTO]),
         (cli.DestinationName, Destination),
         (cli.DtypeName, FloatType),
-        (cli.KindName, RotationKind),
+        (cli.KindName, DRAWN_KINDS),
+        (cli.ObjectiveName, Objective),
         (cli.WeightsName, WeightMethod),
         (cli.LearnFromName, LearnFrom),
         (cli.FormatName, ExportFormat),

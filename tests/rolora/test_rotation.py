@@ -200,7 +200,7 @@ def test_missing_and_unknown_tensors_are_refused(plan: RotationPlan) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("kind", "learned", "kind: expected one of .*got 'learned'"),
+        ("kind", "magic", "kind: expected one of .*got 'magic'"),
         ("kind", None, "kind: expected one of"),
         ("seed", "5", "seed: expected an integer"),
         ("digest", None, "digest None"),
@@ -214,9 +214,64 @@ def test_bad_metadata_is_refused(
 
 
 def test_a_plan_of_the_other_kind_is_refused(plan: RotationPlan) -> None:
-    other = {"hadamard": "orthogonal", "orthogonal": "hadamard"}[plan.kind]
-    with pytest.raises(ValueError, match="unknown tensors"):
-        RotationPlan.from_saved(plan.to_metadata() | {"kind": other}, plan.to_tensors())
+    for other in set(RotationKind) - {plan.kind}:
+        with pytest.raises(ValueError, match="unknown tensors"):
+            RotationPlan.from_saved(plan.to_metadata() | {"kind": other}, plan.to_tensors())
+
+
+# --- learned
+
+
+def test_learning_starts_at_the_random_hadamard_of_the_seed(names: DecoderNames) -> None:
+    drawn, start = (
+        RotationPlan.draw(names, ALL, kind, seed=5)
+        for kind in (RotationKind.HADAMARD, RotationKind.LEARNED)
+    )
+    for ours, theirs in zip(rotations_of(start), rotations_of(drawn), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * EPS)
+    assert start.digest != drawn.digest
+    saved = {name: (tensor.dtype, *tensor.shape) for name, tensor in start.to_tensors().items()}
+    assert saved == {
+        "R1.matrix": (torch.float64, 36, 36),
+        "R2.matrix": (torch.float64, 3, 12, 12),
+        "R4.left_signs": (torch.int8, 1),
+        "R4.right_signs": (torch.int8, 44),
+    }
+    constructions = {
+        name: "construction" in entry for name, entry in start.to_metadata()["rotations"].items()
+    }
+    assert constructions == {"R1": False, "R2": False, "R4": True}
+
+
+def test_learned_matrices_are_put_in_and_checked(names: DecoderNames) -> None:
+    start = RotationPlan.draw(names, ALL, RotationKind.LEARNED, seed=0)
+    r1, r2 = start.to_tensors()["R1.matrix"], start.to_tensors()["R2.matrix"]
+    learned = start.with_matrices(r1.flip(0), r2.flip(1))
+    assert torch.equal(learned.find(R1, 0).dense(), r1.flip(0))
+    assert torch.equal(learned.find(R2, 2).dense(), r2[2].flip(0))
+    assert torch.equal(learned.find(R4, 0).dense(), start.find(R4, 0).dense())
+    assert learned.digest != start.digest
+    assert start.with_matrices(r1, r2).digest == start.digest
+    with pytest.raises(ValueError, match=r"R1.matrix: expected an orthogonal matrix"):
+        start.with_matrices(r1 * (1 + 1e-9), r2)
+    with pytest.raises(
+        ValueError, match=r"R2.matrix: expected shape \(3, 12, 12\), got \(12, 12\)"
+    ):
+        start.with_matrices(r1, r2[0])
+    hadamard = RotationPlan.draw(names, ALL, RotationKind.HADAMARD, seed=0)
+    with pytest.raises(ValueError, match="expected one of kind learned, got hadamard"):
+        hadamard.with_matrices(r1, r2)
+
+
+def test_the_digest_pins_the_hadamard_matrix_of_a_learned_plan(
+    names: DecoderNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = RotationPlan.draw(names, ALL, RotationKind.LEARNED, seed=0)
+    saved, tensors = plan.to_metadata(), plan.to_tensors()
+    original = torch.kron
+    monkeypatch.setattr(torch, "kron", lambda a, b: original(a, b).flip(0))
+    with pytest.raises(ValueError, match="other Hadamard matrices"):
+        RotationPlan.from_saved(saved, tensors)
 
 
 # --- the table

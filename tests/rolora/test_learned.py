@@ -1,0 +1,221 @@
+"""Learning lowers the loss of rounded activations and never changes the float model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rolora.decoder import DecoderNames
+from rolora.fold import fold_norm_gains, untie_head
+from rolora.fuse import fuse_rotations
+from rolora.learned import (
+    LearningReport,
+    LearningSettings,
+    Objective,
+    compare_starts,
+    learn_rotation,
+)
+from rolora.online import install_online_rotations
+from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.scheme import QuantizationRecipe, Scheme
+
+MakeDecoder = Callable[..., Any]
+RECIPE = QuantizationRecipe(Scheme(4, 4), activation_clip=0.9)
+BATCHES = [
+    {"input_ids": (torch.arange(24) * stride + stride)[None] % 53} for stride in range(3, 19)
+]
+HELD_OUT, TEXT = BATCHES[:4], BATCHES[4:]
+QUICK = LearningSettings(steps=12, learning_rate=1.5)
+
+
+def prepare(make_decoder: MakeDecoder, model_type: str = "llama") -> Any:
+    decoder = make_decoder(model_type)
+    untie_head(decoder.model, decoder.names)
+    fold_norm_gains(decoder.model, decoder.names)
+    return decoder
+
+
+def start_of(names: DecoderNames, seed: int = 0, **options: Any) -> RotationPlan:
+    return RotationPlan.draw(names, RotationName, RotationKind.LEARNED, seed, **options)
+
+
+def learn(
+    decoder: Any, settings: LearningSettings = QUICK, **options: Any
+) -> tuple[RotationPlan, LearningReport]:
+    arguments: dict[str, Any] = {
+        "start": start_of(decoder.names),
+        "batches": TEXT,
+        "held_out": HELD_OUT,
+        "settings": settings,
+    }
+    return learn_rotation(decoder.model, decoder.names, RECIPE, **arguments | options)
+
+
+def defect(matrix: Tensor) -> float:
+    return float((matrix @ matrix.T - torch.eye(matrix.shape[0], dtype=torch.float64)).abs().max())
+
+
+@pytest.mark.parametrize("objective", Objective)
+def test_the_loss_of_text_that_was_not_learned_from_falls(
+    make_decoder: MakeDecoder, objective: Objective
+) -> None:
+    decoder = prepare(make_decoder)
+    settings = dataclasses.replace(QUICK, steps=40, objective=objective)
+    seen: list[tuple[int, float]] = []
+    plan, report = learn(decoder, settings, progress=lambda step, loss: seen.append((step, loss)))
+    assert report.held_out_after < 0.9 * report.held_out_before
+    assert seen == list(enumerate(report.losses, start=1))
+    assert len(seen) == 40
+    measured = compare_starts(
+        decoder.model, decoder.names, RECIPE, [start_of(decoder.names), plan], HELD_OUT, settings
+    )
+    assert measured == [
+        pytest.approx(report.held_out_before),
+        pytest.approx(report.held_out_after),
+    ]
+
+
+def test_steps_against_the_descent_raise_the_loss(
+    make_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rolora.learned
+
+    step = rolora.learned.cayley_step
+    monkeypatch.setattr(rolora.learned, "cayley_step", lambda r, g, a: step(r, -g, a))
+    _, report = learn(prepare(make_decoder), dataclasses.replace(QUICK, steps=40))
+    assert report.held_out_after > report.held_out_before
+
+
+def test_a_learned_rotation_leaves_the_float_model_as_it_was(
+    make_decoder: MakeDecoder, model_type: str
+) -> None:
+    decoder = make_decoder(model_type)
+    exact = decoder.logits()
+    untie_head(decoder.model, decoder.names)
+    fold_norm_gains(decoder.model, decoder.names)
+    folded = decoder.weights()
+    plan, _ = learn(decoder)
+    for key, tensor in decoder.weights().items():
+        assert torch.equal(tensor, folded[key])
+    assert decoder.error_to(exact) < decoder.rounding
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in decoder.model.modules())
+    fuse_rotations(decoder.model, decoder.names, plan)
+    assert decoder.error_to(exact) > 1e-3  # R4 has a half at run time
+    install_online_rotations(decoder.model, plan, decoder.names)
+    assert decoder.error_to(exact) < decoder.rounding
+
+
+def test_what_is_learned_is_orthogonal_differs_from_the_start_and_keeps_r4(
+    make_decoder: MakeDecoder,
+) -> None:
+    decoder = prepare(make_decoder)
+    start = start_of(decoder.names, seed=3)
+    plan, _ = learn(decoder, start=start)
+    assert (plan.kind, plan.seed) == (RotationKind.LEARNED, 3)
+    for name, layer in ((RotationName.R1, 0), *((RotationName.R2, i) for i in range(3))):
+        learned, drawn = (p.find(name, layer).dense() for p in (plan, start))
+        assert defect(learned) < 1e-12
+        assert float((learned - drawn).abs().max()) > 1e-3
+    assert torch.equal(
+        plan.find(RotationName.R4, 0).dense(), start.find(RotationName.R4, 0).dense()
+    )
+    r2 = plan.to_tensors()["R2.matrix"]
+    assert not torch.equal(r2[0] @ r2[1].T, torch.eye(12, dtype=torch.float64))
+
+
+def test_equal_arguments_give_equal_plans_and_other_text_another(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    plans = [learn(decoder, batches=text)[0] for text in (TEXT, TEXT, TEXT[::-1])]
+    assert plans[0].digest == plans[1].digest != plans[2].digest
+
+
+def test_one_r2_stays_one(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    start = start_of(decoder.names, one_r2=True)
+    shared, report = learn(decoder, dataclasses.replace(QUICK, one_r2=True), start=start)
+    r2 = shared.to_tensors()["R2.matrix"]
+    assert torch.equal(r2[0], r2[1])
+    assert torch.equal(r2[0], r2[2])
+    assert report.held_out_after < report.held_out_before
+    apart = learn(decoder, start=start)[0].to_tensors()["R2.matrix"]
+    assert not torch.equal(apart[0], apart[1])
+
+
+def test_no_steps_give_the_start(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    settings = dataclasses.replace(QUICK, steps=0)
+    plan, report = learn(decoder, settings, batches=[])
+    assert report.losses == ()
+    assert report.held_out_after == pytest.approx(report.held_out_before)
+    r1 = plan.find(RotationName.R1, 0).dense()
+    torch.testing.assert_close(
+        r1, start_of(decoder.names).find(RotationName.R1, 0).dense(), rtol=0, atol=1e-13
+    )
+
+
+def test_draws_are_compared_on_the_same_text(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    plans = [start_of(decoder.names, seed) for seed in (0, 1, 0)]
+    done: list[int] = []
+    losses = compare_starts(
+        decoder.model,
+        decoder.names,
+        RECIPE,
+        plans,
+        HELD_OUT,
+        QUICK,
+        lambda number, _: done.append(number),
+    )
+    assert losses[0] == losses[2] != losses[1]
+    assert done == [1, 2, 3]
+
+
+def test_bfloat16_products_come_near_the_same_loss(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    decoder.model.float()
+    reports = [
+        learn(decoder, dataclasses.replace(QUICK, steps=2, bfloat16=rough))[1]
+        for rough in (False, True)
+    ]
+    before = [report.held_out_before for report in reports]
+    assert before[0] != before[1]
+    assert before[0] == pytest.approx(before[1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("batches", "held_out"), [([], HELD_OUT), (TEXT, [])], ids=["no text", "none held out"]
+)
+def test_no_text_is_refused(
+    make_decoder: MakeDecoder, batches: Sequence[Any], held_out: Sequence[Any]
+) -> None:
+    with pytest.raises(ValueError, match="expected text to learn from and to hold out"):
+        learn(prepare(make_decoder), batches=batches, held_out=held_out)
+
+
+def test_no_plans_to_compare_are_refused(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    with pytest.raises(ValueError, match="expected plans and text, got none"):
+        compare_starts(decoder.model, decoder.names, RECIPE, [], HELD_OUT, QUICK)
+
+
+def test_a_start_of_another_kind_or_model_is_refused(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    drawn = RotationPlan.draw(decoder.names, RotationName, RotationKind.HADAMARD, 0)
+    with pytest.raises(ValueError, match="expected one of kind learned, got hadamard"):
+        learn(decoder, start=drawn)
+    larger = dataclasses.replace(decoder.names, hidden_size=40)
+    with pytest.raises(ValueError, match="R1, hidden_size: expected 36"):
+        learn(decoder, start=start_of(larger))
+
+
+def test_a_model_that_is_not_finite_is_named_by_its_step(make_decoder: MakeDecoder) -> None:
+    decoder = prepare(make_decoder)
+    with torch.no_grad():
+        decoder.model.get_parameter(f"{decoder.names.head}.weight")[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="step 1: the loss or its gradient is not finite"):
+        learn(decoder)
