@@ -174,7 +174,7 @@ def learn_rotation(
         loss_of.observe(held_out)
         before = loss_of.mean(held_out)
         for step in range(settings.steps):
-            leaf1, leaf2 = (matrices.to(wide).requires_grad_() for matrices in (r1, r2))
+            leaf1, leaf2 = (m.to(wide, copy=True).requires_grad_() for m in (r1, r2))
             loss_of.inputs.basis = basis_of(leaf1, leaf2)
             if step and step % _OBSERVE_EVERY == 0:
                 loss_of.observe(held_out)
