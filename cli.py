@@ -687,7 +687,7 @@ def learn_rotation_command(
     ] = 100,
     learning_rate: Annotated[
         float, typer.Option(help="Rate of the first step; it falls linearly to 0.")
-    ] = 1.5,
+    ] = 0.3,
     objective: Annotated[
         ObjectiveName,
         typer.Option(
