@@ -38,11 +38,16 @@ KINDS = {"lora": ("--lora",)} | {name.value: ("--structure", name.value) for nam
 FSDP = {SWITCH: "true", "FSDP_VERSION": "2"}
 
 
-def launch(launcher: tuple[str, ...], *arguments: str) -> int:
+def launch(launcher: tuple[str, ...], *runs: tuple[str, ...]) -> int:
     """Run `train_tiny.py` in two processes on the CPU; pytest shows what they complain of."""
-    command = [sys.executable, "-W", "ignore", "-m", *launcher, TRAIN_TINY, *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", *launcher, TRAIN_TINY]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=300, env=environment)
+    done = subprocess.run(
+        [*command, "--in-turn", json.dumps(runs)],
+        stdout=subprocess.PIPE,
+        timeout=900,
+        env=environment,
+    )
     return done.returncode
 
 
@@ -63,36 +68,41 @@ def held(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_run_trains_as_a_replicated_one_and_survives_a_kill(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_sharded_run_trains_as_a_replicated_one_and_survives_a_kill(tmp_path: Path) -> None:
     # step 2 stays the best and the run stops at 6: best state and patience must survive the kill
     early = {"max_steps": 10, "learning_rate": 2e-2, "early_stopping": 2}
-    told = (*KINDS[kind], "--contrary", "--settings", json.dumps(early))
-    whole, cut, replicated = (tmp_path / name for name in ("whole", "cut", "replicated"))
-    assert launch(REPLICATED, str(replicated), str(tmp_path / "a"), *told) == 0
-    assert launch(SHARDED, str(whole), str(tmp_path / "b"), *told) == 0
-    assert difference(replicated, whole) < 1e-5
 
-    total, trained = held(replicated)[0], json.loads((whole / "report.json").read_text())
-    frozen = total - trained["trainable_parameters"]
-    assert held(replicated) == [total, total]
-    assert sum(held(whole)) == frozen + 2 * trained["trainable_parameters"]
-    assert max(held(whole)) < 0.6 * total
+    def run(name: str, kind: str, *more: str) -> tuple[str, ...]:
+        places = (str(place(name, kind)), str(tmp_path / name / f"{kind}.training"))
+        return (*places, *KINDS[kind], "--contrary", "--settings", json.dumps(early), *more)
 
-    assert launch(SHARDED, str(cut), str(tmp_path / "c"), *told, "--die", "6") != 0
-    half_written = tmp_path / "c" / "checkpoint-6"
-    assert (half_written / WEIGHTS).is_file()
-    assert not (half_written / MARKER_FILE).exists()
-    assert launch(SHARDED, str(cut), str(tmp_path / "c"), *told, "--resume") == 0
-    assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    resumed = json.loads((cut / "report.json").read_text())
-    assert resumed["resumed_from_step"] == 4
-    for report in (resumed, trained):
-        for key in OF_THIS_PROCESS:
-            report.pop(key, None)
-    assert resumed == trained
+    def place(name: str, kind: str) -> Path:
+        return tmp_path / name / kind
+
+    assert launch(REPLICATED, *(run("replicated", kind) for kind in KINDS)) == 0
+    assert launch(SHARDED, *(run("whole", kind) for kind in KINDS)) == 0
+    for kind in KINDS:
+        assert launch(SHARDED, run("cut", kind, "--die", "6")) != 0
+        half_written = tmp_path / "cut" / f"{kind}.training" / "checkpoint-6"
+        assert (half_written / WEIGHTS).is_file()
+        assert not (half_written / MARKER_FILE).exists()
+    assert launch(SHARDED, *(run("cut", kind, "--resume") for kind in KINDS)) == 0
+
+    for kind in KINDS:
+        replicated, whole, cut = (place(name, kind) for name in ("replicated", "whole", "cut"))
+        assert difference(replicated, whole) < 1e-5, kind
+        assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes(), kind
+        reports = [json.loads((run / "report.json").read_text()) for run in (whole, cut)]
+        assert reports[1]["resumed_from_step"] == 4
+        total, trained = held(replicated)[0], reports[0]["trainable_parameters"]
+        assert held(replicated) == [total, total]
+        assert sum(held(whole)) == total + trained
+        assert max(held(whole)) < 0.6 * total
+        parted = [
+            {key: value for key, value in report.items() if key not in OF_THIS_PROCESS}
+            for report in reports
+        ]
+        assert parted[0] == parted[1], kind
 
 
 @pytest.mark.slow
@@ -105,14 +115,19 @@ def test_a_sharded_run_accumulates_recomputes_and_casts_as_a_replicated_one(
         "precision": "bfloat16",
         "learning_rate": 1e-2,
     }
-    told = ("--structure", "middle", "--settings", json.dumps(settings))
-    replicated, sharded, apart = (tmp_path / name for name in ("replicated", "sharded", "apart"))
-    assert launch(REPLICATED, str(replicated), str(tmp_path / "a"), *told) == 0
-    assert launch(SHARDED, str(sharded), str(tmp_path / "b"), *told) == 0
-    assert difference(replicated, sharded) < 1e-4
-    # negative control: each process follows its own rows
-    assert launch(SHARDED, str(apart), str(tmp_path / "c"), *told, "--apart") == 0
-    assert difference(replicated, apart) > 1e-2
+
+    def run(name: str, kind: str, *more: str) -> tuple[str, ...]:
+        places = (str(tmp_path / name / kind), str(tmp_path / name / f"{kind}.training"))
+        return (*places, *KINDS[kind], "--settings", json.dumps(settings), *more)
+
+    assert launch(REPLICATED, *(run("replicated", kind) for kind in KINDS)) == 0
+    # negative control, last because it stays on: each process follows its own rows
+    sharded = [run("sharded", kind) for kind in KINDS]
+    assert launch(SHARDED, *sharded, *(run("apart", kind, "--apart") for kind in KINDS)) == 0
+    for kind in KINDS:
+        replicated = tmp_path / "replicated" / kind
+        assert difference(replicated, tmp_path / "sharded" / kind) < 1e-4, kind
+        assert difference(replicated, tmp_path / "apart" / kind) > 1e-2, kind
 
 
 def test_fsdp_of_version_2_is_taken_and_nothing_else() -> None:

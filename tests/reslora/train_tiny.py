@@ -8,7 +8,8 @@ weights are written, the rest is not.
 
 `train_tiny.py --each` takes a JSON list of such argument lists from its input. The libraries are
 imported once and every run is a fork of a process that has trained nothing; the exit codes are
-printed, minus the signal's number for a run that was killed.
+printed, minus the signal's number for a run that was killed. `train_tiny.py --in-turn` takes such a
+list as its next argument and runs it in one process, which may be one of several.
 """
 
 from __future__ import annotations
@@ -113,5 +114,8 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--each"]:
         sys.stdout.write(json.dumps(run_each(json.load(sys.stdin))))
+    elif sys.argv[1] == "--in-turn":
+        for run in json.loads(sys.argv[2]):
+            main(run)
     else:
         main(sys.argv[1:])
