@@ -352,7 +352,7 @@ def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
             "early_stopping needs validations",
             [*tune, rows, "--early-stopping", 2, "--eval-every", 0],
         ),
-        "unknown scheme": (2, "supported: W{4,6,8}A{4,6,8}", mrq(base, "--scheme", "W5A5")),
+        "unknown scheme": (2, "supported: W{4,6,8,16}A{4,6,8,16}", mrq(base, "--scheme", "W5A5")),
         "unknown rotation": (2, "r1, r2, r4", mrq(base, "--scheme", "W8A8", "--rotate", "r9")),
         "other model": (
             4,

@@ -60,8 +60,12 @@ def test_gradients_hold_up_to_differences(
     parts: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     hidden, weight, bias, targets, teacher = parts
-    assert torch.autograd.gradcheck(lambda h: cross_entropy(h, Head(weight, bias), targets), (hidden,))
-    assert torch.autograd.gradcheck(lambda h: divergence(h, Head(weight, bias), teacher, Head(weight, bias)), (hidden,))
+    assert torch.autograd.gradcheck(
+        lambda h: cross_entropy(h, Head(weight, bias), targets), (hidden,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda h: divergence(h, Head(weight, bias), teacher, Head(weight, bias)), (hidden,)
+    )
 
 
 def test_a_teacher_is_not_diverged_from_by_itself(
