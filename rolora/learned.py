@@ -30,7 +30,7 @@ from rolora.scheme import QuantizationRecipe
 from rolora.stiefel import cayley_step, nearest_orthogonal
 
 Batch = Mapping[str, Tensor]
-_OBSERVE_EVERY = 10
+_OBSERVE_EVERY = 25
 """Steps that share static scales."""
 
 
