@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.text_data import read_text
 from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.merge import MergeMethod
+from rolora.mixed_precision import Budget
+from rolora.overrides import Override
 from rolora.rotation import RotationKind
 
 
@@ -40,6 +42,12 @@ class Case:
     rotate: str = "r1,r2,r4"
     weights: str = "rtn"
     group_size: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `choose_recipe`, beyond the above."""
+    overrides: tuple[str, ...] = ()
+    budget: str | None = None
+    export: bool = True
+    """False: the checkpoint is measured in torch."""
 
 
 CASES = (
@@ -55,6 +63,34 @@ CASES = (
     Case("w4a8-gptq-g32", "W4A8", weights="gptq", group_size=32),
     Case("w4a4-rtn", "W4A4"),
     Case("w6a6-gptq", "W6A6", weights="gptq"),
+    Case("w4a4-clip", "W4A4", weights="gptq", options={"activation_clip": "auto"}),
+    Case("w4a4-asymmetric", "W4A4", weights="gptq", options={"asymmetric": True}),
+    Case("w4a4-down8", "W4A4", weights="gptq", overrides=("down=A8",)),
+    Case("w4a4-o-down8", "W4A4", weights="gptq", overrides=("o,down=A8",)),
+    Case("w4a4-mixed", "W4A4", weights="gptq", budget="A5.5"),
+    Case(
+        "w4a4-chosen",
+        "W4A4",
+        weights="gptq",
+        options={"activation_clip": "auto", "static": "auto"},
+    ),
+    Case(
+        "w4a4-groups",
+        "W4A4",
+        weights="gptq",
+        options={"activation_group_size": 64},
+        export=False,
+    ),
+    Case("w4a16-gptq-g32", "W4A16", weights="gptq", group_size=32),
+    Case("w6a6-dynamic", "W6A6", weights="gptq", options={"static": False}),
+    Case(
+        "w6a6-chosen",
+        "W6A6",
+        weights="gptq",
+        options={"activation_clip": "auto", "static": "auto"},
+    ),
+    Case("w8a8-dynamic", "W8A8", weights="gptq", options={"static": False}),
+    Case("w8a8-head16", "W8A8", weights="gptq", overrides=("head=A16",)),
 )
 
 
@@ -66,7 +102,11 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     )
     rotation = parse_rotation(case.rotate, RotationKind.HADAMARD, arguments.seed)
     recipe = choose_recipe(
-        case.scheme, rotation=rotation, weights=case.weights, group_size=case.group_size
+        case.scheme,
+        rotation=rotation,
+        weights=case.weights,
+        group_size=case.group_size,
+        **case.options,
     )
     settings = CheckpointSettings(
         DEMO_MODEL,
@@ -76,13 +116,17 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         recipe,
         arguments.calibration,
         calibration_windows=arguments.windows,
+        overrides=tuple(map(Override.parse, case.overrides)),
+        budget=None if case.budget is None else Budget.parse(case.budget),
     )
     started = time.perf_counter()
     merge_rotate_quantize(settings, checkpoint)
     seconds = time.perf_counter() - started
-    exported = export_onnx(checkpoint, export, Target.CPU).to_dict()
+    exported: dict[str, Any] = {"file_bytes": None, "parity": None}
+    if case.export:
+        exported = export_onnx(checkpoint, export, Target.CPU).to_dict()
     reference = open_language_model(DEMO_MODEL)
-    opened = open_language_model(str(export), threads=2)
+    opened = open_language_model(str(export if case.export else checkpoint), threads=2)
     windows = cut_windows(opened.tokenizer, read_text(arguments.text), 12, 1024)
     results = evaluate_model(opened.model, reference.model, windows, frozenset(Task))
     return {
