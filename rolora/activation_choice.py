@@ -140,10 +140,12 @@ class _Meter:
         ]
         self._errors = [0.0] * len(tried)
         self._energy = 0.0
+        self._tokens = 0
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
         x = x[:: max(1, len(x) // TOKENS_PER_BATCH)][:TOKENS_PER_BATCH]
+        self._tokens += len(x)
         self._energy += self._squared_output(x)
         for i, (spec, scale) in enumerate(zip(self._candidates, self._scales, strict=True)):
             self._errors[i] += self._squared_output(rounded_activation(x, spec, scale) - x)
@@ -157,8 +159,11 @@ class _Meter:
 
     def study(self, observed: str) -> InputStudy:
         """Return what was measured."""
-        if self._energy == 0.0 and not any(self._errors):
-            errors = self._errors
-        else:
-            errors = [error / self._energy for error in self._errors]
+        if not self._tokens:
+            raise ValueError(
+                f"{observed}: no calibration input reached it; give calibration text of at least "
+                f"one token"
+            )
+        energy = self._energy or 1.0  # outputs of zeros have no error either
+        errors = [error / energy for error in self._errors]
         return InputStudy(observed, self._candidates, tuple(errors))

@@ -44,9 +44,10 @@ def plan_layers(
         overrides: Exceptions for single linears.
 
     Raises:
-        ValueError: An override matches nothing, linears that share an input would quantize it
-            differently, or an override does not go with the recipe's groups.
+        ValueError: An override matches nothing or does not go with the recipe's groups, linears
+            that share an input would quantize it differently, or groups do not divide an input.
     """
+    _require_whole_groups(names, recipe)
     exceptions = overridden(names, overrides)
     plans: list[LayerPlan] = []
     for block in names.blocks:
@@ -102,4 +103,21 @@ def _require_one_input(plans: Sequence[LayerPlan]) -> None:
                 f"{other.fqn} and {first.fqn} read the same input, which cannot have "
                 f"{other.activation.bits} bits for one and {first.activation.bits} for the other; "
                 f"override the activations of {', '.join(plan.fqn for plan in plans)} alike"
+            )
+
+
+def _require_whole_groups(names: DecoderNames, recipe: QuantizationRecipe) -> None:
+    """Refuse groups of inputs that do not divide an input."""
+    size, block = recipe.activation_group_size, names.blocks[0]
+    if size is None:
+        return
+    for fqn, columns in (
+        (block.query, names.hidden_size),
+        (block.output, names.num_heads * names.head_dim),
+        (block.down, names.intermediate_size),
+    ):
+        if columns % size:
+            raise ValueError(
+                f"{fqn}: activation group size {size} does not divide the {columns} input columns; "
+                f"use a divisor or no group size"
             )

@@ -162,6 +162,10 @@ class QuantizationRecipe:
                 f"inputs itself, symmetrically and in the same groups; leave the activation group "
                 f"size and asymmetric activations out"
             )
+        if self.static_after_norm not in (True, False, AUTO):
+            raise ValueError(
+                f"static scales: expected True, False or {AUTO}, got {self.static_after_norm!r}"
+            )
         clip = self.activation_clip
         if isinstance(clip, str) and clip != AUTO:
             raise ValueError(f"activation clip: expected {AUTO} or a number, got {clip!r}")

@@ -112,3 +112,10 @@ def test_nothing_is_studied_where_nothing_is_open(decoder: Any) -> None:
         decoder.model, decoder.names, recipe("W4A4", static_after_norm=False), []
     )
     assert (planned.studies, planned.observers, planned.raised) == ([], {}, [])
+
+
+def test_a_choice_needs_calibration_text(decoder: Any) -> None:
+    given = recipe("W4A4", activation_clip="auto", static_after_norm=False)
+    query = decoder.names.blocks[0].query
+    with pytest.raises(ValueError, match=f"^{query}: no calibration input reached it"):
+        calibrate_plan(decoder.model, decoder.names, given, [])

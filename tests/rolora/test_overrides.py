@@ -164,3 +164,12 @@ def test_overrides_must_go_with_weight_groups(make_decoder: MakeDecoder) -> None
     for text, said in (("down=A4", "use A8 or A16"), ("down=W6", "4 or 8 bits, got 6")):
         with pytest.raises(ValueError, match=f"^{block.down}: .*{said}"):
             plan(decoder, grouped, text)
+
+
+def test_groups_of_inputs_must_divide_each_of_them(make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder("llama")  # hidden size 36, 4 heads of 12, 44 in the MLP
+    query = decoder.names.blocks[0].query
+    with pytest.raises(
+        ValueError, match=f"^{query}: activation group size 16 does not divide the 36"
+    ):
+        plan(decoder, recipe(activation_group_size=16))

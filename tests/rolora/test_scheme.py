@@ -66,6 +66,7 @@ def test_a_width_too_long_for_python_is_refused_like_any_other() -> None:
         ("W8A8", {"activation_clip": 1.01}, "clip ratio.*got 1.01"),
         ("W8A8", {"activation_clip": float("nan")}, "clip ratio.*got nan"),
         ("W8A8", {"activation_clip": "best"}, "expected auto or a number, got 'best'"),
+        ("W8A8", {"static_after_norm": "maybe"}, "static scales: .*got 'maybe'"),
         ("W4A4", {"activation_group_size": 48}, "activation group size: .*got 48"),
         ("W4A8", {"group_size": 32, "activation_group_size": 32}, "quantizes their inputs itself"),
         ("W4A8", {"group_size": 32, "asymmetric": True}, "quantizes their inputs itself"),
