@@ -167,6 +167,7 @@ class FormatName(StrEnum):
     """Values of --format."""
 
     ONNX = "onnx"
+    COMPRESSED_TENSORS = "compressed-tensors"
 
 
 class TargetName(StrEnum):
@@ -783,25 +784,36 @@ def export_command(
     checkpoint: Annotated[Path, typer.Option(help="What merge-rotate-quantize wrote.")],
     output: Output,
     file_format: Annotated[
-        FormatName, typer.Option("--format", help="File format.")
+        FormatName,
+        typer.Option(
+            "--format",
+            help="onnx: for ONNX Runtime. compressed-tensors: for transformers and vLLM.",
+        ),
     ] = FormatName.ONNX,
     target: Annotated[
-        TargetName, typer.Option(help="Processor whose kernels the graph addresses.")
-    ] = TargetName.CPU,
+        TargetName | None,
+        typer.Option(help="onnx: processor whose kernels the graph addresses. Default: cpu."),
+    ] = None,
     kernel: Annotated[
-        KernelName,
+        KernelName | None,
         typer.Option(
-            help="integer: one graph with integer products. nbits: one graph with MatMulNBits. "
-            "auto: integer products for prompts, MatMulNBits for single tokens."
+            help="onnx: integer, one graph with integer products; nbits, one graph with "
+            "MatMulNBits; auto (default), integer products for prompts, MatMulNBits for single "
+            "tokens."
         ),
-    ] = KernelName.AUTO,
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint to ONNX with integer operators, and check it against torch."""
-    from deploy.export import Target, export_onnx
-    from deploy.kernels import Kernel
-
+    """Export a checkpoint to ONNX or compressed-tensors, and check it against torch."""
+    if file_format is FormatName.COMPRESSED_TENSORS:
+        given = ["--target"] * (target is not None) + ["--kernel"] * (kernel is not None)
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)}: only --format onnx takes kernels; the programs that read "
+                f"{file_format} choose their own"
+            )
+    target, kernel = target or TargetName.CPU, kernel or KernelName.AUTO
     if dry_run:
         _print_json(
             {
@@ -809,35 +821,14 @@ def export_command(
                 "output": str(output),
                 "checkpoint": str(checkpoint),
                 "format": file_format,
-                "target": target,
-                "kernel": kernel,
             }
+            | ({"target": target, "kernel": kernel} if file_format is FormatName.ONNX else {})
         )
         return
-    with stderr.status("starting") as status:
-        report = export_onnx(
-            checkpoint,
-            output,
-            Target(target),
-            Kernel(kernel),
-            lambda step: status.update(step),
-        )
-    result = report.to_dict()
-    _finish(
-        result,
-        as_json,
-        [
-            ("export", str(output)),
-            ("size", _megabytes(result["file_bytes"])),
-            ("nodes", str(sum(result["operators"].values()))),
-            (
-                "parity",
-                f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",
-            ),
-            ("peak memory", _megabytes(report.peak_memory_bytes)),
-            ("next", f"rolora run --model {output} --chat --prompt ..."),
-        ],
-    )
+    if file_format is FormatName.COMPRESSED_TENSORS:
+        _export_compressed(checkpoint, output, as_json)
+    else:
+        _export_onnx(checkpoint, output, target, kernel, as_json)
 
 
 @app.command("run")
@@ -1028,6 +1019,71 @@ def demo_command(
         f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'",
         markup=False,
     )
+
+
+def _export_onnx(
+    checkpoint: Path, output: Path, target: TargetName, kernel: KernelName, as_json: bool
+) -> None:
+    """Export to ONNX."""
+    from deploy.export import Target, export_onnx
+    from deploy.kernels import Kernel
+
+    with stderr.status("starting") as status:
+        report = export_onnx(
+            checkpoint,
+            output,
+            Target(target),
+            Kernel(kernel),
+            lambda step: status.update(step),
+        )
+    result = report.to_dict()
+    _finish(
+        result,
+        as_json,
+        [
+            ("export", str(output)),
+            ("size", _megabytes(result["file_bytes"])),
+            ("nodes", str(sum(result["operators"].values()))),
+            (
+                "parity",
+                f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",
+            ),
+            ("peak memory", _megabytes(report.peak_memory_bytes)),
+            ("next", f"rolora run --model {output} --chat --prompt ..."),
+        ],
+    )
+
+
+def _export_compressed(checkpoint: Path, output: Path, as_json: bool) -> None:
+    """Export to compressed-tensors, and warn where a reader has something to do."""
+    from deploy.compressed_card import TRANSFORM_WARNING
+    from deploy.compressed_export import export_compressed
+
+    with stderr.status("starting") as status:
+        report = export_compressed(checkpoint, output, lambda step: status.update(step))
+    result = report.to_dict()
+    reader = result["reader"]
+    _finish(
+        result,
+        as_json,
+        [
+            ("export", str(output)),
+            ("size", _megabytes(result["file_bytes"])),
+            *result["groups"].items(),
+            ("as transformers reads it", f"{reader['error']:.2e}, bound {reader['bound']:.2e}"),
+            ("to our own scales", f"{reader['scale_choice_error']:.2e}"),
+            ("peak memory", _megabytes(report.peak_memory_bytes)),
+            ("next", f"rolora evaluate --model {output} --tasks ppl --data ..."),
+        ],
+    )
+    if report.needs_transform:
+        stderr.print(
+            f"warning: {TRANSFORM_WARNING} {output}/README.md shows how to apply it. For a model "
+            f"that every program reads: rolora merge-rotate-quantize --rotate r1,r2",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _evaluate_classification(model: str, adapter: Path | None, data: str, as_json: bool) -> None:

@@ -38,6 +38,7 @@ class ArtifactKind(StrEnum):
     ONNX = "onnx"
     MODEL = "model"
     ROTATION = "rotation"
+    COMPRESSED = "compressed-tensors"
 
 
 MADE_BY = {
@@ -46,6 +47,7 @@ MADE_BY = {
     ArtifactKind.ONNX: "rolora export",
     ArtifactKind.MODEL: "rolora merge --to model",
     ArtifactKind.ROTATION: "rolora learn-rotation",
+    ArtifactKind.COMPRESSED: "rolora export --format compressed-tensors",
 }
 TAKEN_BY = {
     ArtifactKind.ADAPTER: "rolora merge, merge-rotate-quantize or evaluate --adapter",
@@ -53,6 +55,7 @@ TAKEN_BY = {
     ArtifactKind.ONNX: "rolora run, evaluate or bench --model",
     ArtifactKind.MODEL: "rolora finetune, merge, merge-rotate-quantize or evaluate --model",
     ArtifactKind.ROTATION: "rolora merge-rotate-quantize or finetune --rotation",
+    ArtifactKind.COMPRESSED: "rolora evaluate --model, transformers or vLLM",
 }
 
 

@@ -52,6 +52,7 @@ class ExportFormat(StrEnum):
     """File formats of an export."""
 
     ONNX = "onnx"
+    COMPRESSED_TENSORS = "compressed-tensors"
 
 
 class Target(StrEnum):

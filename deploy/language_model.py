@@ -23,6 +23,7 @@ from transformers import (
 from deploy.adapter_artifact import open_adapter
 from deploy.artifact import ArtifactKind, is_artifact, read_manifest, verify_files
 from deploy.checkpoint import Checkpoint
+from deploy.compressed_reader import load_compressed
 from deploy.errors import ArtifactError, StageOrderError
 from deploy.live_adapter import attach_to_loaded
 from deploy.loading import load_model
@@ -204,8 +205,8 @@ def open_language_model(
     """Open whatever a user names.
 
     Args:
-        reference: An exported ONNX directory, a quantized checkpoint, or anything that `load_model`
-            takes.
+        reference: An exported directory (ONNX, or compressed-tensors as transformers reads it), a
+            quantized checkpoint, or anything that `load_model` takes.
         adapter: An adapter that was trained on this model, to be attached and not merged; the model
             must be one that `load_model` takes.
         threads: Threads of ONNX Runtime; None is its own choice.
@@ -234,6 +235,9 @@ def open_language_model(
     elif manifest.kind is ArtifactKind.ONNX:
         verify_files(directory)
         model = OnnxLanguageModel(reference, OnnxDecoder(directory, threads=threads))
+    elif manifest.kind is ArtifactKind.COMPRESSED:
+        verify_files(directory)
+        model = TorchLanguageModel(reference, load_compressed(directory))
     else:
         raise StageOrderError(
             f"{directory}: an adapter is no model by itself; evaluate it on its model: --model ... "

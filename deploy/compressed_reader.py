@@ -1,0 +1,71 @@
+"""Open a compressed-tensors export as its readers do: through transformers and that library alone.
+
+transformers decompresses the weights on the first forward pass and rounds the inputs of the linears
+in float. It ignores `transform_config`, the online rotations; the library itself applies them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.transform import TransformConfig, apply_transform_config
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from deploy.errors import ArtifactError
+from deploy.weight_files import CONFIG_NAME, SINGLE_NAME, name_some
+
+TRANSFORM_NAME = "R4"
+"""Name of the online rotation in `transform_config`, and of its weight."""
+TRANSFORM_WEIGHT = f".{TRANSFORM_NAME}_input.weight"
+
+
+def load_compressed(directory: Path) -> PreTrainedModel:
+    """Load an export in float32, online rotations applied.
+
+    Raises:
+        ArtifactError: A tensor is missing, or is there without a place in the model.
+    """
+    # Progress bars that no setting turns off would break a status line or a log.
+    with redirect_stderr(io.StringIO()):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        transforms = _apply_transforms(model, directory)
+        model.eval()
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64))  # unpacks the weights
+    missing = set(report["missing_keys"])
+    unexpected = set(report["unexpected_keys"]) - transforms
+    if missing or unexpected:
+        raise ArtifactError(
+            f"{directory}: transformers finds no {name_some(missing) or 'fault'} and has no place "
+            f"for {name_some(unexpected) or 'nothing else'}; export again"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _apply_transforms(model: PreTrainedModel, directory: Path) -> set[str]:
+    """Rotate online as `transform_config` says; return the stored tensors that this took."""
+    config: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    transform = config["quantization_config"].get("transform_config")
+    if not transform:
+        return set()
+    apply_transform_config(model, TransformConfig.model_validate(transform))
+    with safe_open(directory / SINGLE_NAME, framework="pt") as tensors:
+        stored = {key for key in tensors.keys() if key.endswith(TRANSFORM_WEIGHT)}  # noqa: SIM118
+        if len(stored) != 1:
+            raise ArtifactError(
+                f"{directory / SINGLE_NAME}: expected one tensor *{TRANSFORM_WEIGHT}, which all "
+                f"layers share, found {len(stored)}; export again"
+            )
+        for key in stored:
+            # The library made one parameter for all layers, with random signs.
+            model.get_parameter(key).data.copy_(tensors.get_tensor(key))
+    return stored
