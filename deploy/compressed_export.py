@@ -52,6 +52,8 @@ from rolora.scheme import Granularity
 
 _NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, MANIFEST_NAME, CARD_NAME}
 _LIBRARY = "compressed-tensors"
+_PACKED_PARTS = ("weight", "weight_scale", "input_scale")
+"""Tensors of a quantized linear that are written anew."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,6 @@ def _other_tensors(checkpoint: Checkpoint, quantized: set[str]) -> dict[str, Ten
         first = checkpoint.names.blocks[0].down
         tensors[f"{first}{TRANSFORM_WEIGHT}"] = _transform_weight(plan.r4)
     return tensors
-
-
-_PACKED_PARTS = ("weight", "weight_scale", "input_scale")
 
 
 def _pack_linear(checkpoint: Checkpoint, fqn: str, scheme: QuantizationScheme) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 Each group of its `config_groups` names the linears that share a format::
 
-    weights            8 bits: int-quantized (int8); 4 or 6: pack-quantized (int32 words)
-                       one scale a channel, or a group of input columns
+    weights            8 bits per channel: int-quantized (int8)
+                       4 or 6 bits, or groups: pack-quantized (int32 words)
     input_activations  TENSOR  the scale is stored (`input_scale`)
                        TOKEN, GROUP  the reader takes the absolute maximum of what it sees
 
@@ -150,7 +150,10 @@ def _input_args(spec: ActivationSpec) -> QuantizationArgs:
 
 
 def _format(spec: WeightSpec) -> CompressionFormat:
-    return CompressionFormat.int_quantized if spec.bits == 8 else CompressionFormat.pack_quantized
+    # vLLM has no kernel for int8 weights with groups, but one for packed ones.
+    if spec.bits == 8 and spec.group_size is None:
+        return CompressionFormat.int_quantized
+    return CompressionFormat.pack_quantized
 
 
 def _targets(fqns: list[str], all_fqns: list[str]) -> list[str]:

@@ -275,6 +275,7 @@ def test_results_are_readable_without_json(terminal: Terminal, base: Path) -> No
             "merge-rotate-quantize",
         ),
         (["export", "--checkpoint", "c"], "export"),
+        (["export", "--checkpoint", "c", "--format", "compressed-tensors"], "export"),
     ],
 )
 def test_a_dry_run_prints_the_settings_and_does_nothing(
@@ -538,6 +539,29 @@ def test_a_failed_parity_check_ends_with_six_and_nothing_on_disk(
     assert result.code == 6
     assert "departs from the torch reference" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_for_other_programs_warns_of_what_they_must_do(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    command = ("export", "--format", "compressed-tensors", "--checkpoint")
+    for option in (("--kernel", "auto"), ("--target", "cpu")):
+        refused = terminal(*command, base / "checkpoint", "--output", tmp_path / "out", *option)
+        assert (refused.code, f"{option[0]}: only --format onnx" in refused.err) == (2, True)
+    make_checkpoint(base / "model", tmp_path / "online", "W8A8", weights="rtn")
+    make_checkpoint(base / "model", tmp_path / "plain", "W8A8", weights="rtn", rotate="r1,r2")
+    warned = terminal(*command, tmp_path / "online", "--output", tmp_path / "out", "--json")
+    assert warned.code == 0
+    assert json.loads(warned.out)["online_rotation"]
+    assert "ignores `transform_config`" in warned.err
+    quiet = terminal(*command, tmp_path / "plain", "--output", tmp_path / "other")
+    assert quiet.code == 0
+    assert "transform_config" not in quiet.err
+    assert "group_0" in quiet.out
+    described = terminal("inspect", tmp_path / "out", "--json")
+    assert json.loads(described.out)["manifest"]["kind"] == "compressed-tensors"
+    ran = terminal("run", "--model", tmp_path / "out", "--prompt", "x")
+    assert (ran.code, "evaluate --model, transformers or vLLM" in ran.err) == (3, True)
 
 
 def test_a_bug_shows_its_traceback(

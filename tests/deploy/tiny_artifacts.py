@@ -50,6 +50,7 @@ def make_checkpoint(
     scheme: str,
     *,
     rotate: str | None = None,
+    kind: RotationKind = RotationKind.HADAMARD,
     adapter: Path | None = None,
     merge: MergeMethod | None = MergeMethod.EXACT,
     windows: int = 1,
@@ -58,7 +59,7 @@ def make_checkpoint(
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
-    rotation = parse_rotation(rotate, RotationKind.HADAMARD, 0)
+    rotation = parse_rotation(rotate, kind, 0)
     settings = CheckpointSettings(
         model=str(model),
         adapter=adapter,
