@@ -12,6 +12,7 @@ as its readers load it, and must compute what the checkpoint does (`deploy.compr
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from compressed_tensors.transform import TransformArgs, TransformConfig, Transfo
 from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deploy.artifact import (
     MANIFEST_NAME,
@@ -45,6 +47,7 @@ from deploy.errors import ParityError, UnsupportedModelError
 from deploy.export import ExportFormat, parity_tokens
 from deploy.memory import peak_memory_bytes
 from deploy.rotation_file import ROTATION_NAME
+from deploy.weight_files import CONFIG_NAME
 from rolora.affine import dequantize
 from rolora.kronecker import Rotation
 from rolora.rotation import applications
@@ -124,8 +127,8 @@ def export_compressed(
                 tensors |= _pack_linear(checkpoint, fqn, group)
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
             del tensors
-            compressor = ModelCompressor(scheme.config, transform)
-            compressor.update_config(str(directory))
+            _name_architecture(checkpoint, directory)
+            ModelCompressor(scheme.config, transform).update_config(str(directory))
             progress("loading it as transformers does")
             check = check_reader(checkpoint, directory, parity_tokens(checkpoint))
             card = model_card(checkpoint.manifest, groups, transform is not None)
@@ -146,6 +149,15 @@ def export_compressed(
                 ),
             )
     return CompressedReport(output, manifest, peak_memory_bytes())
+
+
+def _name_architecture(checkpoint: Checkpoint, directory: Path) -> None:
+    """Name the model's class in config.json: vLLM needs it, a model from a GGUF file lacks it."""
+    path = directory / CONFIG_NAME
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not config.get("architectures"):
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.config.model_type]]
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _transform_config(checkpoint: Checkpoint) -> TransformConfig | None:
@@ -183,7 +195,7 @@ def _transform_config(checkpoint: Checkpoint) -> TransformConfig | None:
 
 def _transform_weight(rotation: Rotation) -> Tensor:
     """Return sqrt(n) R, float32 [n, n]: readers divide by sqrt(n), so Hadamard entries are +-1."""
-    return (rotation.dense() * rotation.size**0.5).float()
+    return rotation.dense().mul(float(rotation.size) ** 0.5).float()
 
 
 def _other_tensors(checkpoint: Checkpoint, quantized: set[str]) -> dict[str, Tensor]:

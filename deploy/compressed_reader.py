@@ -33,9 +33,10 @@ def load_compressed(directory: Path) -> PreTrainedModel:
     """
     # Progress bars that no setting turns off would break a status line or a log.
     with redirect_stderr(io.StringIO()):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        model, report = loaded
         transforms = _apply_transforms(model, directory)
         model.eval()
         with torch.inference_mode():
@@ -47,8 +48,7 @@ def load_compressed(directory: Path) -> PreTrainedModel:
             f"{directory}: transformers finds no {name_some(missing) or 'fault'} and has no place "
             f"for {name_some(unexpected) or 'nothing else'}; export again"
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _apply_transforms(model: PreTrainedModel, directory: Path) -> set[str]:

@@ -233,6 +233,22 @@ def test_the_config_says_what_is_quantized_and_how(made: Callable[[str], Exporte
         assert group["format"] == "int-quantized"
 
 
+def test_a_config_without_architectures_gets_one(
+    made: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    exported = made("W8A8")
+    config = json.loads((exported.checkpoint / "config.json").read_text())
+    assert config.pop("architectures", None) in (None, ["LlamaForCausalLM"])
+    copy = shutil.copytree(exported.checkpoint, tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps(config))
+    with Checkpoint(copy, verify=False) as checkpoint:
+        deploy.compressed_export._name_architecture(checkpoint, copy)
+    found = json.loads((copy / "config.json").read_text())
+    assert found == config | {"architectures": ["LlamaForCausalLM"]}
+    exported_config = json.loads((exported.directory / "config.json").read_text())
+    assert exported_config["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_fewer_bits_are_packed_and_the_head_has_its_own_format(
     made: Callable[[str], Exported],
 ) -> None:
