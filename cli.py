@@ -508,7 +508,8 @@ def merge_rotate_quantize_command(
     rotate: Annotated[
         str | None,
         typer.Option(
-            help="A list of r1,r2,r4, or none. Default: the adapter's own, else r1,r2,r4."
+            help="A list of r1,r2,r3,r4, or none. Default: the adapter's own, else r1,r2,r4; and "
+            "r3 with a quantized KV cache."
         ),
     ] = None,
     rotation_kind: Annotated[
@@ -567,6 +568,7 @@ def merge_rotate_quantize_command(
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
     head_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
+    kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
     calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -586,7 +588,7 @@ def merge_rotate_quantize_command(
     from rolora.overrides import Override
     from rolora.rotation import RotationKind
 
-    choice = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed)
+    choice = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed, kv_bits)
     with _bad_values():
         recipe = choose_recipe(
             scheme,
@@ -603,17 +605,18 @@ def merge_rotate_quantize_command(
         )
         overrides = tuple(Override.parse(text) for text in override or ())
         budget = None if mixed_precision is None else Budget.parse(mixed_precision)
-    settings = CheckpointSettings(
-        model=model,
-        adapter=adapter,
-        merge=None if merge is MergeName.AUTO else MergeMethod(merge),
-        rotation=choice,
-        recipe=recipe,
-        calibration=calibration,
-        overrides=overrides,
-        budget=budget,
-        stored_rotation=rotation,
-    )
+        settings = CheckpointSettings(
+            model=model,
+            adapter=adapter,
+            merge=None if merge is MergeName.AUTO else MergeMethod(merge),
+            rotation=choice,
+            recipe=recipe,
+            calibration=calibration,
+            overrides=overrides,
+            budget=budget,
+            stored_rotation=rotation,
+            kv_bits=kv_bits,
+        )
     if dry_run:
         _print_json(
             {"stage": "merge-rotate-quantize", "output": str(output), **settings.to_config()}

@@ -38,7 +38,7 @@ from reslora.config import AdapterConfig
 from rolora.decoder import DecoderNames
 from rolora.fold import norm_gains
 from rolora.fuse import unrotate_factors
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationPlan
 
 
 def draw_adapter_basis(
@@ -49,7 +49,7 @@ def draw_adapter_basis(
     Raises:
         ValueError: Kind `hadamard`, and a size that has no Hadamard matrix.
     """
-    return RotationPlan.draw(names, frozenset(RotationName), kind, seed, one_r2=config.reach != 0)
+    return RotationPlan.draw(names, DEFAULT_ROTATIONS, kind, seed, one_r2=config.reach != 0)
 
 
 def require_adapter_basis(plan: RotationPlan, config: AdapterConfig) -> None:

@@ -9,7 +9,9 @@ adds its scales:
     <fqn>.input_scale   float32 scalar, where the input has a static scale
     <fqn>.bias          float32 [out], where the linear has one
 
-The format of each linear stands in the manifest's details.
+An attention module with a quantized KV cache adds `kv_cache.<part>`, float32 [kv_heads, 1,
+head_dim], for the parts that `rolora.kv_cache.stored_parts` names. The format of each linear, and
+the bits of the cache, stand in the manifest's details.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from deploy.architecture import decoder_names
 from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.errors import ArtifactError
 from deploy.rotation_file import load_rotation
-from rolora.decoder import DecoderNames
+from rolora.decoder import BlockNames, DecoderNames
+from rolora.kv_attention import CODEC_NAME, attention_fqn, install_codecs
+from rolora.kv_cache import FLOAT_KV_BITS, CacheCodec, check_kv_bits, stored_parts
 from rolora.layer_plan import LayerPlan
 from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
@@ -82,6 +86,7 @@ class Checkpoint:
         self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
         self.names: DecoderNames = decoder_names(self.config)
         self._formats = _formats_from_details(self.manifest.details, directory)
+        self.kv_bits = _kv_bits_from_details(self.manifest.details, directory)
         self._files = ExitStack()
         try:
             self._tensors = self._files.enter_context(
@@ -165,8 +170,48 @@ class Checkpoint:
             return None
         return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
 
+    @property
+    def r3(self) -> np.ndarray | None:
+        """R3 as a float32 matrix [head_dim, head_dim], or None without one."""
+        if self.rotation is None or self.rotation.r3 is None:
+            return None
+        return self.rotation.r3.dense().float().numpy()
+
+    def cache_parts(self, block: BlockNames) -> dict[str, np.ndarray]:
+        """Read what calibration found for a block's KV cache; nothing if it is float.
+
+        Returns:
+            By the names of `rolora.kv_cache.stored_parts`, float32 [kv_heads, 1, head_dim] each.
+
+        Raises:
+            ArtifactError: A tensor is missing, or of a shape that the model's cache has not.
+        """
+        parts = {}
+        expected = (self.names.num_key_value_heads, 1, self.names.head_dim)
+        for name in stored_parts(self.kv_bits):
+            key = f"{attention_fqn(block)}.{CODEC_NAME}.{name}"
+            if self.shape(key) != expected:
+                raise ArtifactError(
+                    f"{self.directory / WEIGHTS_NAME}: {key}: expected shape {expected}, got "
+                    f"{self.shape(key)}; write the checkpoint again"
+                )
+            parts[name] = self.array(key)
+        return parts
+
+    def _codec(self, block: BlockNames) -> CacheCodec:
+        """Rebuild what acts on queries, keys and values of a block."""
+        rotation = None if self.r3 is None else torch.from_numpy(self.r3)
+        parts = {name: torch.from_numpy(part) for name, part in self.cache_parts(block).items()}
+        try:
+            return CacheCodec(rotation, self.kv_bits, **parts)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.directory / WEIGHTS_NAME}: {attention_fqn(block)}: {error}; write the "
+                f"checkpoint again"
+            ) from error
+
     def load_model(self) -> PreTrainedModel:
-        """Rebuild the torch model, with integer modules and online rotations in place."""
+        """Rebuild the torch model: integer modules, online rotations, quantized KV cache."""
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self.config, attn_implementation="sdpa"
@@ -191,6 +236,8 @@ class Checkpoint:
         _restore_buffers(model, self.config)
         if self.rotation is not None:
             install_online_rotations(model, self.rotation, self.names)
+        if self.kv_bits != FLOAT_KV_BITS or self.r3 is not None:
+            install_codecs(model, self.names, map(self._codec, self.names.blocks))
         model.eval()
         return model
 
@@ -276,6 +323,16 @@ def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, 
             ) from error
         formats[fqn] = LayerPlan(fqn, weight, activation, fqn)
     return formats
+
+
+def _kv_bits_from_details(details: Mapping[str, Any], where: Path) -> int:
+    """Read the bits of the KV cache; a checkpoint that does not name them has a float one."""
+    bits = details.get("kv_bits", FLOAT_KV_BITS)
+    try:
+        check_kv_bits(bits)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: the manifest's kv_bits are unreadable: {error}") from error
+    return int(bits)
 
 
 def _restore_buffers(model: PreTrainedModel, config: PretrainedConfig) -> None:

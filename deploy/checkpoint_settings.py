@@ -9,9 +9,10 @@ from typing import Any, Literal
 from deploy.errors import ConfigError
 from deploy.shortcut_merge import AUTO
 from reslora.merge import MergeMethod
+from rolora.kv_cache import FLOAT_KV_BITS, check_kv_bits
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
-from rolora.rotation import RotationKind, RotationName
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName
 from rolora.scheme import AUTO as CHOSEN
 from rolora.scheme import UNQUANTIZED_BITS, QuantizationRecipe, Scheme, WeightMethod
 
@@ -28,7 +29,14 @@ class RotationChoice:
     seed: int = 0
 
 
-def parse_rotation(text: str | None, kind: RotationKind, seed: int) -> RotationChoice | None:
+def default_rotations(kv_bits: int) -> frozenset[RotationName]:
+    """Return what a model is rotated by by default: with R3 if its KV cache is quantized."""
+    return DEFAULT_ROTATIONS | ({RotationName.R3} if kv_bits != FLOAT_KV_BITS else set())
+
+
+def parse_rotation(
+    text: str | None, kind: RotationKind, seed: int, kv_bits: int = FLOAT_KV_BITS
+) -> RotationChoice | None:
     """Read `r1,r2,r4` or `none`; None if text, kind and seed were all left at their defaults.
 
     Raises:
@@ -37,14 +45,14 @@ def parse_rotation(text: str | None, kind: RotationKind, seed: int) -> RotationC
     if text is None:
         if (kind, seed) == (RotationKind.HADAMARD, 0):
             return None
-        return RotationChoice(frozenset(RotationName), kind, seed)
+        return RotationChoice(default_rotations(kv_bits), kind, seed)
     words = [word.strip().upper() for word in text.split(",") if word.strip()]
     if words == ["NONE"]:
         return RotationChoice(frozenset(), kind, seed)
     unknown = [word for word in words if word not in set(RotationName)]
     if unknown or not words:
         raise ConfigError(
-            f"--rotate {text!r}: expected a list of r1, r2, r4, or none; got "
+            f"--rotate {text!r}: expected a list of r1, r2, r3, r4, or none; got "
             f"{', '.join(unknown) or text}"
         )
     return RotationChoice(frozenset(RotationName(word) for word in words), kind, seed)
@@ -143,7 +151,8 @@ class CheckpointSettings:
     merge: MergeMethod | None
     """None: exact where that is possible, else the nearest to the unmerged model."""
     rotation: RotationChoice | None
-    """None: the adapter's own rotation, or R1, R2 and R4 where it has none."""
+    """None: the adapter's own rotation, or R1, R2 and R4 where it has none; and R3 if the KV cache
+    is quantized."""
     recipe: QuantizationRecipe | None
     """None leaves the weights in float32."""
     calibration: str | None
@@ -156,12 +165,17 @@ class CheckpointSettings:
     budget: Budget | None = None
     """Average bits to reach by raising the most sensitive weights and inputs."""
 
+    kv_bits: int = FLOAT_KV_BITS
+    """Of the KV cache: 8, 4, or 16 for float."""
+
     def __post_init__(self) -> None:
         """Check what can be checked before a model is loaded.
 
         Raises:
             ConfigError: Nothing would be quantized, or single linears of an unquantized model.
+            ValueError: The bits of the KV cache are not supported.
         """
+        check_kv_bits(self.kv_bits)
         float_scheme = Scheme(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
         if self.recipe is None and (self.overrides or self.budget):
             raise ConfigError(
@@ -191,6 +205,7 @@ class CheckpointSettings:
             "rotation_seed": None if choice is None else choice.seed,
             "rotation": None if self.stored_rotation is None else str(self.stored_rotation),
             "recipe": recipe,
+            "kv_bits": self.kv_bits,
             "calibration": self.calibration,
             "calibration_windows": self.calibration_windows,
             "calibration_tokens": self.calibration_tokens,

@@ -30,7 +30,7 @@ from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings
-from rolora.rotation import RotationName
+from rolora.rotation import DEFAULT_ROTATIONS
 
 QUESTION = "Why does bread rise when it is baked?"
 
@@ -47,7 +47,7 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Return the rows of the table, the float reference first."""
-    rotated = RotationChoice(frozenset(RotationName))
+    rotated = RotationChoice(DEFAULT_ROTATIONS)
     plain = RotationChoice(frozenset())
 
     return [

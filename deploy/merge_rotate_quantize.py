@@ -1,6 +1,6 @@
 """The middle stage: model (+ adapter) -> merged, rotated, quantized checkpoint.
 
-    load -> [rotate in the adapter's basis] -> merge -> [rotate] -> quantize -> write
+    load -> [rotate in the adapter's basis] -> merge -> [rotate] -> quantize -> [KV cache] -> write
 
 An adapter that was trained in a rotated basis carries its rotation and is merged in that basis; any
 other adapter is merged first and the result is rotated, which in exact arithmetic is the same
@@ -30,7 +30,12 @@ from deploy.artifact import (
 )
 from deploy.calibration_text import calibration_for
 from deploy.checkpoint import formats_to_details, weights_bytes, write_weights
-from deploy.checkpoint_settings import FLOAT_SCHEME, CheckpointSettings, RotationChoice
+from deploy.checkpoint_settings import (
+    FLOAT_SCHEME,
+    CheckpointSettings,
+    RotationChoice,
+    default_rotations,
+)
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import LoadedModel, load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
@@ -42,6 +47,8 @@ from deploy.stored_rotation import StoredRotation, open_rotation
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
+from rolora.kv_attention import quantize_kv_cache
+from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
 from rolora.online import install_online_rotations
 from rolora.quantize import LayerError, quantize_decoder
@@ -110,12 +117,13 @@ def merge_rotate_quantize(
             plan_layers(names, settings.recipe, settings.overrides)
         except ValueError as error:
             raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
-    plan = choose_rotation(names, settings.rotation, adapter, stored)
+    plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     with new_artifact(output) as directory:
         with torch.no_grad():
             merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings, progress)
         progress("calibrating")
         planned, errors = _quantize(loaded, names, settings, progress, layer_progress)
+        _quantize_cache(loaded, names, plan, settings, progress)
         progress("writing the checkpoint")
         details: dict[str, Any] = {
             "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
@@ -123,6 +131,7 @@ def merge_rotate_quantize(
             "choices": planned.to_details(),
             "rounding": {error.fqn: asdict(error) for error in errors},
             "merge": merge_report,
+            "kv_bits": settings.kv_bits,
         } | save_rotation(directory, plan)
         loaded.model.config.save_pretrained(directory)
         save_tokenizer(loaded, directory)
@@ -146,14 +155,18 @@ def choose_rotation(
     choice: RotationChoice | None,
     adapter: StoredAdapter | None,
     stored: StoredRotation | None = None,
+    kv_bits: int = FLOAT_KV_BITS,
 ) -> RotationPlan | None:
     """Return the rotation to fuse: the adapter's own, that of an artifact, or a fresh draw.
+
+    R3 leaves the basis as it is, so an adapter's own rotation can be given one.
 
     Args:
         names: The model's parts.
         choice: What the user asked for; None is the default.
         adapter: The adapter to merge, if any.
         stored: The rotation of another artifact, if the user gave one.
+        kv_bits: Of the KV cache; a quantized one gets R3 unless the user chose otherwise.
 
     Raises:
         ConfigError: The user asked for another rotation than the adapter was trained in, for two
@@ -174,26 +187,27 @@ def choose_rotation(
                 f"{stored.directory} has another (digest {stored.plan.digest[:12]}): leave it out"
             )
         stored.require_sizes(names)
-        return stored.plan
-    if own is not None:
-        if choice is not None and (choice.names, choice.kind, choice.seed) != (
-            own.names,
-            own.kind,
-            own.seed,
-        ):
-            asked = ",".join(sorted(choice.names)) or "none"
-            raise ConfigError(
-                f"the adapter was trained in the basis of {','.join(sorted(own.names))} "
-                f"({own.kind}, seed {own.seed}, "
-                f"digest {own.digest[:12]}) and can be merged only there; asked for {asked} "
-                f"({choice.kind}, seed "
-                f"{choice.seed}). Leave --rotate, --rotation-kind and --rotation-seed out"
-            )
-        return own
-    wanted = choice or RotationChoice(frozenset(RotationName))
+        own = stored.plan
+    wanted = choice or RotationChoice(default_rotations(kv_bits))
+    if (
+        own is not None
+        and choice is not None
+        and (choice.names - {RotationName.R3}, choice.kind, choice.seed)
+        != (own.names, own.kind, own.seed)
+    ):
+        asked = ",".join(sorted(choice.names)) or "none"
+        raise ConfigError(
+            f"the adapter was trained in the basis of {','.join(sorted(own.names))} "
+            f"({own.kind}, seed {own.seed}, "
+            f"digest {own.digest[:12]}) and can be merged only there; asked for {asked} "
+            f"({choice.kind}, seed "
+            f"{choice.seed}). Leave --rotate, --rotation-kind and --rotation-seed out"
+        )
     if not wanted.names:
         return None
     try:
+        if own is not None:
+            return own.with_r3(names) if RotationName.R3 in wanted.names else own
         return RotationPlan.draw(names, wanted.names, wanted.kind, wanted.seed)
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
@@ -268,3 +282,23 @@ def _quantize(
     except ValueError as error:
         raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
     return planned, errors
+
+
+def _quantize_cache(
+    loaded: LoadedModel,
+    names: DecoderNames,
+    plan: RotationPlan | None,
+    settings: CheckpointSettings,
+    progress: Callable[[str], None],
+) -> None:
+    """Calibrate the KV cache on the model as it is now."""
+    if settings.kv_bits == FLOAT_KV_BITS:
+        return
+    progress(f"calibrating the KV cache of {settings.kv_bits} bits")
+    rotation = None if plan is None or plan.r3 is None else plan.r3.dense().float()
+    try:
+        quantize_kv_cache(
+            loaded.model, names, settings.kv_bits, rotation, _calibration(loaded, settings)
+        )
+    except ValueError as error:
+        raise ConfigError(f"{loaded.name}: its KV cache cannot be quantized: {error}") from error

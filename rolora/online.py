@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rolora.decoder import DecoderNames
 from rolora.kronecker import Rotation
-from rolora.rotation import RotationPlan, applications
+from rolora.rotation import RotationPlan, Side, applications
 
 
 class OnlineRotation(nn.Module):
@@ -61,7 +61,7 @@ class OnlineRotation(nn.Module):
 def install_online_rotations(
     model: nn.Module, plan: RotationPlan, names: DecoderNames
 ) -> list[RemovableHandle]:
-    """Rotate the input of every module that the table marks as online.
+    """Rotate the input of every module that the table marks as online (R4; R3 is in `attention`).
 
     The hook goes on the outermost module under the name. So attach adapters first: then both the
     base weight and `lora_A` see the rotated input. A hook on a linear that is wrapped later would
@@ -83,7 +83,8 @@ def install_online_rotations(
     """
     unwrap = getattr(model, "get_base_model", None)
     decoder: nn.Module = unwrap() if callable(unwrap) else model
-    entries = [entry for entry in applications(plan, names) if entry.online]
+    table = applications(plan, names)
+    entries = [entry for entry in table if entry.online and entry.side is Side.INPUT]
     for entry in entries:
         for inner in decoder.get_submodule(entry.fqn).modules():
             if any(isinstance(hook, _RotateInput) for hook in inner._forward_pre_hooks.values()):

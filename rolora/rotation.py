@@ -5,10 +5,12 @@ that a module puts on its output is undone at the input of every module that rea
 
     R1  residual stream  embedding, o, down put it on; q, k, v, gate, up, head undo it
     R2  one per layer    v puts it on each head of its output; o undoes it on each head of its input
+    R3  queries and keys put on at run time behind the rotary embedding; undone by their product
     R4  MLP activation   put on at run time in front of down; down undoes it in its weight
 
 R2 passes through attention because attention only averages the value vectors of one head over
-positions; query heads that share a key-value head share its R2. (R3 is for a quantized KV cache.)
+positions; query heads that share a key-value head share its R2. R3 is the same for every head and
+layer; it helps only a quantized KV cache, so it is not among `DEFAULT_ROTATIONS`.
 `applications` lists both halves of all of them in one table, which fusing, adapters and the export
 read.
 
@@ -67,7 +69,12 @@ class RotationName(StrEnum):
 
     R1 = "R1"
     R2 = "R2"
+    R3 = "R3"
     R4 = "R4"
+
+
+DEFAULT_ROTATIONS = frozenset({RotationName.R1, RotationName.R2, RotationName.R4})
+"""What a model is rotated by whose KV cache is not quantized."""
 
 
 class Side(StrEnum):
@@ -90,7 +97,8 @@ class Application:
     inverse: bool
     """True where the module undoes the rotation of what it reads."""
     online: bool
-    """True for a rotation at run time in front of the module, False for one in its weight."""
+    """True for a rotation at run time, False for one in the weight: in front of the module (R4), or
+    behind it and the rotary embedding (R3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +114,8 @@ class RotationPlan:
     """Size hidden_size."""
     r2: tuple[Rotation, ...] | None
     """One per block, each of size head_dim."""
+    r3: Rotation | None
+    """Size head_dim, shared by all heads and blocks."""
     r4: Rotation | None
     """Size intermediate_size, shared by all blocks; `left` and `right` are all of it (no signs)."""
 
@@ -138,6 +148,7 @@ class RotationPlan:
         sizes = {
             RotationName.R1: ("hidden_size", names.hidden_size),
             RotationName.R2: ("head_dim", names.head_dim),
+            RotationName.R3: ("head_dim", names.head_dim),
             RotationName.R4: ("intermediate_size", names.intermediate_size),
         }
         content: dict[str, Tensor] = {}
@@ -175,6 +186,19 @@ class RotationPlan:
             content[key] = new
         return self._build(self.kind, self.seed, content)
 
+    def with_r3(self, names: DecoderNames) -> RotationPlan:
+        """Return the plan with an R3 of its kind and seed; a plan that has one is returned as is.
+
+        The model's basis is not changed: R3 is undone where it acts.
+
+        Raises:
+            ValueError: As `draw`.
+        """
+        if self.r3 is not None:
+            return self
+        drawn = RotationPlan.draw(names, [RotationName.R3], self.kind, self.seed)
+        return RotationPlan._build(self.kind, self.seed, {**self.content, **drawn.content})
+
     @classmethod
     def from_saved(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RotationPlan:
         """Rebuild a plan from what `to_metadata` and `to_tensors` returned.
@@ -202,9 +226,10 @@ class RotationPlan:
         """Return what must be saved.
 
         Kind `hadamard` (int8, +-1): `R1.signs` [hidden], `R2.signs` [layers, head_dim],
-        `R4.left_signs` [l], `R4.right_signs` [r]. Kind `orthogonal` (float64): `R1.matrix` [hidden,
-        hidden], `R2.matrix` [layers, head_dim, head_dim], `R4.left` [l, l], `R4.right` [r, r].
-        Kind `learned`: R1 and R2 as in `orthogonal`, R4 as in `hadamard`.
+        `R3.signs` [head_dim], `R4.left_signs` [l], `R4.right_signs` [r]. Kind `orthogonal`
+        (float64): `R1.matrix` [hidden, hidden], `R2.matrix` [layers, head_dim, head_dim],
+        `R3.matrix` [head_dim, head_dim], `R4.left` [l, l], `R4.right` [r, r]. Kind `learned`: R1
+        and R2 as in `orthogonal`, R3 and R4 as in `hadamard`.
         """
         return dict(self.content)
 
@@ -245,7 +270,7 @@ class RotationPlan:
         return frozenset(name for name, _ in self._members())
 
     def find(self, name: RotationName, layer: int | None) -> Rotation:
-        """Return the rotation that acts in block `layer`; R1 and R4 are the same in all.
+        """Return the rotation that acts in block `layer`; all but R2 are the same in all.
 
         Raises:
             ValueError: The plan has none.
@@ -265,6 +290,8 @@ class RotationPlan:
             yield RotationName.R1, (self.r1,)
         if self.r2 is not None:
             yield RotationName.R2, self.r2
+        if self.r3 is not None:
+            yield RotationName.R3, (self.r3,)
         if self.r4 is not None:
             yield RotationName.R4, (self.r4,)
 
@@ -292,24 +319,32 @@ class RotationPlan:
                 if layers is None
                 else tuple(_build_rotation(kind, name, [one]) for one in layers)
             )
-        r1, r4 = (members.get(name, (None,))[0] for name in (RotationName.R1, RotationName.R4))
-        return cls(kind, seed, content, r1, members.get(RotationName.R2), r4)
+        r1, r3, r4 = (
+            members.get(name, (None,))[0]
+            for name in (RotationName.R1, RotationName.R3, RotationName.R4)
+        )
+        return cls(kind, seed, content, r1, members.get(RotationName.R2), r3, r4)
 
 
 def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
     """List where the rotations of a plan act: both halves of each, in the order data meets them.
 
+    R3 has no second half: it acts on the outputs of query and key, after their norms and the rotary
+    embedding, and the product of the two undoes it.
+
     Raises:
         ValueError: The plan was drawn for a decoder of other sizes.
     """
     _check_sizes(plan, names)
-    r1, r2, r4 = RotationName
+    r1, r2, r3, r4 = RotationName
     table = [Application(names.embedding, Side.OUTPUT, r1, None, inverse=False, online=False)]
     for layer, block in enumerate(names.blocks):
         rows = (
             (block.query, Side.INPUT, r1),
             (block.key, Side.INPUT, r1),
             (block.value, Side.INPUT, r1),
+            (block.query, Side.OUTPUT, r3),
+            (block.key, Side.OUTPUT, r3),
             (block.value, Side.OUTPUT, r2),
             (block.output, Side.INPUT, r2),
             (block.output, Side.OUTPUT, r1),
@@ -319,8 +354,10 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
             (block.down, Side.OUTPUT, r1),
         )
         for fqn, side, rotation in rows:
-            if rotation is r4:  # nothing offline can put it on: a product of gate and up feeds down
-                table.append(Application(fqn, side, r4, layer, inverse=False, online=True))
+            if rotation in (r3, r4):  # no linear can put it on: it acts behind a product
+                table.append(Application(fqn, side, rotation, layer, inverse=False, online=True))
+            if rotation is r3:
+                continue
             undoes = side is Side.INPUT
             table.append(Application(fqn, side, rotation, layer, inverse=undoes, online=False))
     table.append(Application(names.head, Side.INPUT, r1, None, inverse=True, online=False))
@@ -332,6 +369,7 @@ def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
         "R1, hidden_size": (plan.r1 and plan.r1.size, names.hidden_size),
         "R2, head_dim": (plan.r2 and plan.r2[0].size, names.head_dim),
         "R2, number of layers": (plan.r2 and len(plan.r2), len(names.blocks)),
+        "R3, head_dim": (plan.r3 and plan.r3.size, names.head_dim),
         "R4, intermediate_size": (plan.r4 and plan.r4.size, names.intermediate_size),
     }
     for label, (got, expected) in sizes.items():
@@ -345,7 +383,8 @@ def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:
     """Tell whether a rotation is kept as the signs of a Hadamard matrix, or as matrices."""
     learned = kind is RotationKind.LEARNED
-    return kind is RotationKind.HADAMARD or (learned and name is RotationName.R4)
+    fixed = name in (RotationName.R3, RotationName.R4)
+    return kind is RotationKind.HADAMARD or (learned and fixed)
 
 
 def _entries(kind: RotationKind, name: RotationName) -> tuple[str, ...]:

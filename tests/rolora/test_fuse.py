@@ -26,7 +26,7 @@ from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan, Side
 
 MakeDecoder = Callable[..., Any]
-R1, R2, R4 = RotationName
+R1, R2, R3, R4 = RotationName
 EPS = torch.finfo(torch.float64).eps
 # Float64 rounding is below 1e-12 here, what a mistake changes is of the logits' own size.
 NOTICED = 1e-3

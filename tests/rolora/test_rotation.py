@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rolora.decoder import DecoderNames
 from rolora.rotation import (
+    DEFAULT_ROTATIONS,
     Application,
     RotationKind,
     RotationName,
@@ -19,7 +20,7 @@ from rolora.rotation import (
     applications,
 )
 
-R1, R2, R4 = RotationName
+R1, R2, R3, R4 = RotationName
 ALL = tuple(RotationName)
 EPS = torch.finfo(torch.float64).eps
 
@@ -39,15 +40,16 @@ def rotations_of(plan: RotationPlan) -> list[Tensor]:
 def test_all_drawn_matrices_are_orthogonal_and_of_the_models_sizes(
     plan: RotationPlan, names: DecoderNames
 ) -> None:
-    sizes = [names.hidden_size] * 3 + [names.head_dim] * 3 + [names.intermediate_size] * 3
+    sizes = [names.hidden_size] * 3 + [names.head_dim] * 6 + [names.intermediate_size] * 3
     for dense, size in zip(rotations_of(plan), sizes, strict=True):
         identity = torch.eye(size, dtype=torch.float64)
         torch.testing.assert_close(dense @ dense.T, identity, rtol=0, atol=32 * size * EPS)
 
 
 def test_layers_differ_in_r2_only(plan: RotationPlan) -> None:
-    r1, _, other_r1, *r2, r4, _, other_r4 = rotations_of(plan)
+    r1, _, other_r1, *r2, r3, _, other_r3, r4, _, other_r4 = rotations_of(plan)
     assert torch.equal(r1, other_r1)
+    assert torch.equal(r3, other_r3)
     assert torch.equal(r4, other_r4)
     assert not torch.equal(r2[0], r2[1])
     assert not torch.equal(r2[1], r2[2])
@@ -91,6 +93,17 @@ def test_a_prime_size_gets_one_dense_matrix(names: DecoderNames) -> None:
     assert (plan.r4.left.shape[0], plan.r4.right.shape[0]) == (1, 43)
 
 
+def test_a_plan_can_be_given_the_r3_of_its_kind_and_seed(
+    plan: RotationPlan, names: DecoderNames
+) -> None:
+    without = RotationPlan.draw(names, DEFAULT_ROTATIONS, plan.kind, seed=5)
+    assert without.names == {R1, R2, R4}
+    assert without.r3 is None
+    assert without.digest != plan.digest
+    assert without.with_r3(names).digest == plan.digest
+    assert plan.with_r3(names) is plan
+
+
 def test_no_rotation_is_a_plan_without_applications(names: DecoderNames) -> None:
     plan = RotationPlan.draw(names, [], RotationKind.HADAMARD, seed=0)
     assert plan.names == frozenset()
@@ -123,6 +136,7 @@ def test_a_hadamard_plan_saves_signs_alone(names: DecoderNames) -> None:
     assert saved == {
         "R1.signs": (torch.int8, 36),
         "R2.signs": (torch.int8, 3, 12),
+        "R3.signs": (torch.int8, 12),
         "R4.left_signs": (torch.int8, 1),
         "R4.right_signs": (torch.int8, 44),
     }
@@ -131,8 +145,8 @@ def test_a_hadamard_plan_saves_signs_alone(names: DecoderNames) -> None:
 
 def test_the_digest_pins_the_hadamard_construction(names: DecoderNames) -> None:
     # A golden value: if it changes, saved rotations of earlier versions are refused. It stands for
-    # all signs +1 at sizes 36, 12, 44, and depends on no random generator.
-    plan = RotationPlan.draw(names, ALL, RotationKind.HADAMARD, seed=0)
+    # all signs +1 at sizes 36, 12, 44, and depends on no random generator. It is older than R3.
+    plan = RotationPlan.draw(names, DEFAULT_ROTATIONS, RotationKind.HADAMARD, seed=0)
     ones = {name: torch.ones_like(tensor) for name, tensor in plan.to_tensors().items()}
     digest = "4fe0dcb240b740824f421736e2d59353833f77936cccb1923cea2cbeb61525fd"
     saved = plan.to_metadata() | {"digest": digest}
@@ -189,8 +203,8 @@ def test_signs_that_are_no_signs_are_refused(names: DecoderNames) -> None:
 
 def test_missing_and_unknown_tensors_are_refused(plan: RotationPlan) -> None:
     tensors = plan.to_tensors()
-    with pytest.raises(ValueError, match=r"unknown tensors \['R3.signs'\]"):
-        RotationPlan.from_saved(plan.to_metadata(), tensors | {"R3.signs": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"unknown tensors \['R5.signs'\]"):
+        RotationPlan.from_saved(plan.to_metadata(), tensors | {"R5.signs": torch.ones(3)})
     for name in tensors:
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         with pytest.raises(ValueError, match=f"{name}|digest"):
@@ -295,6 +309,10 @@ def test_every_rotation_that_is_put_on_is_undone(plan: RotationPlan, names: Deco
     assert [a for a in table if a.rotation is R2 and a.layer == 1] == [
         Application(block.value, Side.OUTPUT, R2, 1, inverse=False, online=False),
         Application(block.output, Side.INPUT, R2, 1, inverse=True, online=False),
+    ]
+    assert [a for a in table if a.rotation is R3 and a.layer == 1] == [  # undone by q k^T
+        Application(block.query, Side.OUTPUT, R3, 1, inverse=False, online=True),
+        Application(block.key, Side.OUTPUT, R3, 1, inverse=False, online=True),
     ]
     assert [a for a in table if a.rotation is R4 and a.layer == 1] == [
         Application(block.down, Side.INPUT, R4, 1, inverse=False, online=True),

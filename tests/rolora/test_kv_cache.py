@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rolora.affine import activation_range, dequantize, quantize
+from rolora.kv_cache import (
+    FLOAT_KV_BITS,
+    KV_BITS,
+    TOKEN_CLIP,
+    CacheCodec,
+    CacheRecorder,
+    channel_scales,
+    kv_granularity,
+    round_tokens,
+    stored_parts,
+)
+from rolora.scheme import Granularity
+
+HEADS, KV_HEADS, TOKENS, HEAD_DIM = 4, 2, 7, 8
+PART = (KV_HEADS, 1, HEAD_DIM)
+
+
+def draw(heads: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, heads, TOKENS, HEAD_DIM, dtype=torch.float64, generator=generator)
+
+
+def rotation() -> Tensor:
+    matrix = draw(1, 9).flatten()[: HEAD_DIM**2].reshape(HEAD_DIM, HEAD_DIM)
+    return torch.linalg.qr(matrix).Q
+
+
+@pytest.fixture
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    return draw(HEADS, 1), draw(KV_HEADS, 2), 3 * draw(KV_HEADS, 3)
+
+
+def codec_for(bits: int, key: Tensor, value: Tensor, r3: Tensor | None = None) -> CacheCodec:
+    recorder = CacheRecorder(r3)
+    recorder(key, key, value)
+    return recorder.codec(bits)
+
+
+def test_eight_bits_are_static_and_four_bits_have_a_scale_a_token() -> None:
+    assert [kv_granularity(bits) for bits in KV_BITS] == [Granularity.CHANNEL, Granularity.TOKEN]
+    assert stored_parts(8) == ("key_scale", "value_scale")
+    assert stored_parts(4) == ("key_mean",)
+    assert stored_parts(FLOAT_KV_BITS) == ()
+
+
+def test_eight_bit_cache_holds_integers_of_the_calibrated_channel_scales(
+    qkv: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    query, key, value = qkv
+    codec = codec_for(8, key, value)
+    read_query, read_key, read_value = codec(query, key, value)
+    assert torch.equal(read_query, query)
+    for read, x, scale in (
+        (read_key, key, codec.key_scale),
+        (read_value, value, codec.value_scale),
+    ):
+        assert scale.shape == PART
+        expected = dequantize(quantize(x, scale.double(), *activation_range(8)), scale.double())
+        assert torch.equal(read, expected)
+        assert 0 < float((read - x).abs().max()) < float(x.abs().max()) / 4
+
+
+def test_channel_scales_follow_each_channel_of_each_head() -> None:
+    widths = torch.logspace(-3, 2, KV_HEADS * HEAD_DIM).reshape(KV_HEADS, HEAD_DIM, 1)
+    x = widths * torch.linspace(-1, 1, 255)
+    torch.testing.assert_close(channel_scales(x, 8), widths[..., 0] / 127, rtol=0.1, atol=0)
+
+
+def test_four_bits_of_a_token_by_hand() -> None:
+    # Range 0.95 * (-6 .. 9): scale 0.95, zero point 6; 8.55 and -5.7 are what saturation leaves.
+    x = torch.tensor([9.0, -6.0, 0.0, 1.0, 1.43])
+    expected = TOKEN_CLIP * torch.tensor([9.0, -6.0, 0.0, 1.0, 2.0])
+    torch.testing.assert_close(round_tokens(x, 4), expected)
+    assert torch.equal(round_tokens(torch.zeros(3, 5), 4), torch.zeros(3, 5))
+    # A token without negative numbers keeps 0 in its range.
+    positive = torch.tensor([15.0, 3.0]) / TOKEN_CLIP
+    torch.testing.assert_close(round_tokens(positive, 4), torch.tensor([15.0, 3.0]))
+
+
+@pytest.mark.parametrize("bits", KV_BITS)
+def test_a_token_is_rounded_by_itself(qkv: tuple[Tensor, Tensor, Tensor], bits: int) -> None:
+    query, key, value = qkv
+    codec = codec_for(bits, key, value, rotation())
+    _, all_keys, all_values = codec(query, key, value)
+    for token in range(TOKENS):
+        part = slice(token, token + 1)
+        _, one_key, one_value = codec(query, key[:, :, part], value[:, :, part])
+        torch.testing.assert_close(one_key, all_keys[:, :, part], rtol=0, atol=1e-12)
+        torch.testing.assert_close(one_value, all_values[:, :, part], rtol=0, atol=1e-12)
+
+
+def test_the_mean_of_the_keys_shifts_all_scores_of_a_query_alike(
+    qkv: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    query, key, value = qkv
+    key = key + 20 * torch.linspace(-1, 1, HEAD_DIM, dtype=torch.float64)
+    codec = codec_for(4, key, value)
+    torch.testing.assert_close(codec.key_mean[:, 0], key.mean(dim=(0, 2)).float())
+    rows = query[:, ::2]
+
+    def error(read: Tensor) -> float:
+        shift = rows @ (read - key).mT
+        return float((shift - shift.mean(dim=-1, keepdim=True)).abs().max())
+
+    assert error(key - codec.key_mean.double()) < 1e-12
+    assert error(codec(query, key, value)[1]) < error(round_tokens(key, 4)) / 3
+
+
+@pytest.mark.parametrize("bits", [FLOAT_KV_BITS, *KV_BITS])
+def test_the_rotation_is_undone_by_the_product(
+    qkv: tuple[Tensor, Tensor, Tensor], bits: int
+) -> None:
+    query, key, value = qkv
+    r3 = rotation()
+    codec = CacheCodec(r3) if bits == FLOAT_KV_BITS else codec_for(bits, key, value, r3)
+    read_query, read_key, _ = codec(query, key, value)
+    torch.testing.assert_close(read_query, query @ r3)
+    centre = codec.key_mean.double() if bits == 4 else 0.0
+    scores, expected = read_query[:, ::2] @ (read_key + centre).mT, query[:, ::2] @ key.mT
+    bound = {FLOAT_KV_BITS: 1e-12, 8: 0.1, 4: 1.5}[bits]
+    assert float((scores - expected).abs().max()) < bound
+    assert float((query[:, ::2] @ (read_key + centre).mT - expected).abs().max()) > 2 * bound
+
+
+def test_calibration_refuses_nothing_and_what_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="no token was seen"):
+        CacheRecorder(None).codec(8)
+    for bits in KV_BITS:
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            codec_for(bits, draw(KV_HEADS) * torch.nan, draw(KV_HEADS))
+
+
+@pytest.mark.parametrize(
+    ("bits", "parts", "message"),
+    [
+        (6, {}, "expected 8, 4, or 16"),
+        (16, {"key_mean": torch.zeros(PART)}, r"16 bits: expected tensors \[\], got"),
+        (8, {"key_scale": torch.ones(PART)}, r"expected tensors \['key_scale', 'value_scale'\]"),
+        (4, {}, r"expected tensors \['key_mean'\], got \[\]"),
+        (4, {"key_mean": torch.zeros(HEAD_DIM)}, "key_mean: expected shape"),
+        (4, {"key_mean": torch.full(PART, torch.inf)}, "key_mean: expected finite"),
+        (
+            8,
+            {"key_scale": torch.ones(PART), "value_scale": torch.ones(1, 1, HEAD_DIM)},
+            "value_scale: expected shape",
+        ),
+        (
+            8,
+            {"key_scale": torch.ones(PART), "value_scale": torch.zeros(PART)},
+            "value_scale: .* positive",
+        ),
+    ],
+)
+def test_a_codec_of_wrong_parts_is_refused(
+    bits: int, parts: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheCodec(None, bits, **parts)
