@@ -27,10 +27,16 @@ class AttentionInputs:
     """`total` as int32."""
     cos: ir.Value
     sin: ir.Value
+    positions: ir.Value | None
+    """int64 [B, S] of the new tokens, where the rotary embedding is a node of its own."""
 
 
 def attention_inputs(
-    graph: GraphBuilder, mask: ir.Value, config: PretrainedConfig, head_dim: int
+    graph: GraphBuilder,
+    mask: ir.Value,
+    config: PretrainedConfig,
+    head_dim: int,
+    input_ids: ir.Value | None = None,
 ) -> AttentionInputs:
     """Derive lengths from the attention mask, and tabulate the rotary embedding.
 
@@ -39,6 +45,7 @@ def attention_inputs(
         mask: int64 [B, past + S].
         config: Of the model.
         head_dim: Size of a head.
+        input_ids: int64 [B, S], if the positions of the new tokens are needed.
     """
     lengths = graph.value(
         "ReduceSum",
@@ -59,7 +66,22 @@ def attention_inputs(
         total_length,
         graph.weight("cos_cache", ir.tensor(cos)),
         graph.weight("sin_cache", ir.tensor(sin)),
+        None if input_ids is None else _positions(graph, input_ids, last),
     )
+
+
+def _positions(graph: GraphBuilder, input_ids: ir.Value, last: ir.Value) -> ir.Value:
+    """Count from the first new token of each sequence; a prompt starts at 0, padded or not."""
+    zero, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
+    shape = graph.value("Shape", [input_ids], "positions/Shape")
+    count = graph.value("Gather", [shape, one], "positions/Gather", axis=0)
+    offsets = graph.value("Range", [zero, count, one], "positions/Range")
+    end = graph.value("Add", [last, one], "positions/end/Add")
+    first = graph.value("Sub", [end, count], "positions/Sub")
+    first = graph.value("Max", [first, zero], "positions/Max")
+    column = graph.constant(np.array([1], np.int64))
+    first = graph.value("Unsqueeze", [first, column], "positions/Unsqueeze")
+    return graph.value("Add", [first, offsets], "positions/Add")
 
 
 def last_hidden(

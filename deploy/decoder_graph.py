@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
+from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
@@ -44,7 +45,8 @@ class DecoderGraph:
         stored: Weights that the first graph of an export has written.
 
     Raises:
-        UnsupportedModelError: ONNX Runtime's attention cannot run the model's head size.
+        UnsupportedModelError: ONNX Runtime's attention cannot run the model's head size, or store
+            its KV cache.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DecoderGraph:
                 f"{checkpoint.directory}: head_dim is {head_dim}; the rotary attention of ONNX "
                 f"Runtime needs a multiple of {HEAD_DIM_MULTIPLE}"
             )
+        self.cache_dtype = cache_dtype(checkpoint)
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.names
@@ -73,7 +76,13 @@ class DecoderGraph:
             "attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length")
         )
         inputs, outputs = [input_ids, mask], []
-        attention = attention_inputs(graph, mask, self.config, names.head_dim)
+        attention = attention_inputs(
+            graph,
+            mask,
+            self.config,
+            names.head_dim,
+            input_ids if has_rotation_nodes(self.checkpoint) else None,
+        )
         stream, delta = self._embed(input_ids), None
         windows = sliding_window_per_layer(self.config)
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
@@ -82,7 +91,7 @@ class DecoderGraph:
             past = [
                 graph_value(
                     f"past_key_values.{layer}.{part}",
-                    ir.DataType.FLOAT,
+                    self.cache_dtype,
                     (*cache, "past_sequence_length", names.head_dim),
                 )
                 for part in ("key", "value")
@@ -95,7 +104,7 @@ class DecoderGraph:
             for part, value in zip(("key", "value"), present, strict=True):
                 shape = (*cache, "total_sequence_length", names.head_dim)
                 outputs.append(
-                    name_output(value, f"present.{layer}.{part}", ir.DataType.FLOAT, shape)
+                    name_output(value, f"present.{layer}.{part}", self.cache_dtype, shape)
                 )
             normed, stream = self._norm(block.mlp_norm, stream, delta)
             delta = self._mlp(block, normed)
@@ -198,18 +207,8 @@ class DecoderGraph:
         else:
             packed = self._linear(readers, normed, quantized, f"{prefix}.qkv")
             heads = [packed, None, None]
-        attended, present_key, present_value = self.graph.node(
-            "GroupQueryAttention",
-            [*heads, *past, shared.seqlens_k, shared.total_length, shared.cos, shared.sin],
-            f"{prefix}/GroupQueryAttention",
-            domain=MICROSOFT,
-            outputs=("", "_present_key", "_present_value"),
-            num_heads=names.num_heads,
-            kv_num_heads=names.num_key_value_heads,
-            scale=float(names.head_dim) ** -0.5,
-            do_rotary=1,
-            rotary_interleaved=0,
-            local_window_size=-1 if window is None else window,
+        attended, present_key, present_value = attention_node(
+            self.graph, self.checkpoint, block, heads, past, shared, window
         )
         quantized = self._quantized(block.output, attended)
         return self._linear([block.output], attended, quantized, block.output), (

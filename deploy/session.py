@@ -66,6 +66,9 @@ class OnnxDecoder:
         self._token = self._open(TOKEN_NAME) if phased else self._prompt
         self._last_logits = HIDDEN_NAME in (node.name for node in self._prompt.get_outputs())
         self._head: ort.InferenceSession | None = None
+        types = {value.name: value.type for value in self._prompt.get_inputs()}
+        integer = types.get("past_key_values.0.key") == "tensor(int8)"
+        self._cache_dtype = np.int8 if integer else np.float32
         self._cache: dict[str, ort.OrtValue] = {}
         self._capacity = self._batch = 0
         self._lengths = np.zeros(0, np.int64)
@@ -115,7 +118,9 @@ class OnnxDecoder:
         if (capacity, batch) != (self._capacity, self._batch):
             shape = (batch, self._kv_heads, capacity, self._head_size)
             self._cache = {
-                f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+                f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(
+                    np.zeros(shape, self._cache_dtype)
+                )
                 for layer in range(self._layers)
                 for part in ("key", "value")
             }

@@ -354,7 +354,12 @@ def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
             [*tune, rows, "--early-stopping", 2, "--eval-every", 0],
         ),
         "unknown scheme": (2, "supported: W{4,6,8,16}A{4,6,8,16}", mrq(base, "--scheme", "W5A5")),
-        "unknown rotation": (2, "r1, r2, r4", mrq(base, "--scheme", "W8A8", "--rotate", "r9")),
+        "unknown rotation": (2, "r1, r2, r3, r4", mrq(base, "--scheme", "W8A8", "--rotate", "r9")),
+        "unknown cache bits": (
+            2,
+            "KV cache bits: expected 8, 4, or 16",
+            mrq(base, "--scheme", "W8A8", "--kv-bits", 6),
+        ),
         "other model": (
             4,
             "give the model it was trained on",

@@ -17,7 +17,7 @@ from deploy.finetune import SUMMARY_FILE, FinetuneSettings, Method, finetune
 from deploy.loading import load_model
 from reslora.config import AdapterConfig, Structure
 from reslora.train_report import OF_THIS_PROCESS
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationPlan
 from tests.deploy.tiny_artifacts import finetune_settings, save_model, write_rows
 
 
@@ -56,7 +56,7 @@ def test_each_method_writes_an_adapter_of_its_kind(
         Structure.BLOCK if method is Method.RESLORA else None
     )
     if method is Method.ROLORA:
-        drawn = RotationPlan.draw(names, frozenset(RotationName), RotationKind.HADAMARD, 0)
+        drawn = RotationPlan.draw(names, DEFAULT_ROTATIONS, RotationKind.HADAMARD, 0)
         assert stored.rotation is not None
         assert stored.rotation.digest == drawn.digest
     else:

@@ -17,12 +17,12 @@ from deploy.checkpoint_settings import RotationChoice, choose_recipe, parse_rota
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.loading import load_model
 from deploy.merge_rotate_quantize import choose_rotation
-from rolora.rotation import RotationKind, RotationName
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName
 from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, save_model
 
 HADAMARD, ORTHOGONAL = RotationKind.HADAMARD, RotationKind.ORTHOGONAL
-ALL = frozenset(RotationName)
+ALL = DEFAULT_ROTATIONS
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def test_the_choice_of_rotations_is_parsed(
     assert parse_rotation(text, kind, seed) == expected
 
 
-@pytest.mark.parametrize("text", ["r3", "r1,none", "", " , "])
+@pytest.mark.parametrize("text", ["r5", "r1,none", "", " , "])
 def test_an_unknown_rotation_is_named(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected a list of r1, r2, r4, or none"):
+    with pytest.raises(ConfigError, match="expected a list of r1, r2, r3, r4, or none"):
         parse_rotation(text, HADAMARD, 0)
 
 
@@ -155,6 +155,18 @@ def test_another_kind_or_seed_is_another_basis(model: Path, adapters: dict[str, 
             choose_rotation(names, choice, adapter)
     assert choose_rotation(names, RotationChoice(ALL), adapter) is adapter.rotation
     assert choose_rotation(names, RotationChoice(frozenset()), None) is None
+
+
+def test_an_adapters_basis_can_be_given_r3(model: Path, adapters: dict[str, Path]) -> None:
+    names = decoder_names(load_model(model).model.config)
+    own = open_adapter(adapters["rolora"]).rotation
+    assert own is not None
+    for choice, kv_bits in ((None, 4), (RotationChoice(ALL | {RotationName.R3}), 16)):
+        plan = choose_rotation(names, choice, open_adapter(adapters["rolora"]), kv_bits)
+        assert plan is not None
+        assert plan.names == own.names | {RotationName.R3}
+        content = plan.to_tensors()
+        assert all(torch.equal(content[key], tensor) for key, tensor in own.to_tensors().items())
 
 
 def test_an_adapter_of_another_model_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ def make_checkpoint(
     windows: int = 1,
     overrides: tuple[Override, ...] = (),
     budget: Budget | None = None,
+    kv_bits: int = 16,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
-    rotation = parse_rotation(rotate, kind, 0)
+    rotation = parse_rotation(rotate, kind, 0, kv_bits)
     settings = CheckpointSettings(
         model=str(model),
         adapter=adapter,
@@ -71,6 +72,7 @@ def make_checkpoint(
         calibration_tokens=64,
         overrides=overrides,
         budget=budget,
+        kv_bits=kv_bits,
     )
     merge_rotate_quantize(settings, output)
     return output
