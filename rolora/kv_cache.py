@@ -66,7 +66,8 @@ def round_tokens(x: Tensor, bits: int) -> Tensor:
     least = x.amin(dim=-1, keepdim=True).clamp(max=0) * TOKEN_CLIP
     scale = ((greatest - least) / most).clamp(min=SMALLEST_SCALE)
     zero = torch.round(-least / scale)
-    return (torch.clamp(torch.round(x / scale) + zero, 0, most) - zero) * scale
+    rounded: Tensor = (torch.clamp(torch.round(x / scale) + zero, 0, most) - zero) * scale
+    return rounded
 
 
 class CacheCodec(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ParityError, UnsupportedModelError
 from deploy.kernels import Kernel
+from deploy.run import Sampling, TextGenerator
 from deploy.session import OnnxDecoder
 from tests.deploy.tiny_artifacts import (
     make_checkpoint,
@@ -104,6 +105,20 @@ def test_a_prompt_in_two_parts_is_the_prompt(export: Path) -> None:
         decoder.start(capacity=len(IDS))
         parts = [decoder.append(IDS[None, :10])[0], decoder.append(IDS[None, 10:])[0]]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=1e-3)
+
+
+def test_stock_genai_holds_the_integer_cache(export: Path) -> None:
+    prompt, count = IDS[1:20], 12
+    tokens: list[int] = []
+    with OnnxDecoder(export) as decoder:
+        decoder.start(capacity=len(prompt) + count)
+        logits = decoder.append(prompt[None])
+        while len(tokens) < count:
+            tokens.append(int(logits[0, -1].argmax()))
+            logits = decoder.append(np.array([tokens[-1:]]))
+    generated = TextGenerator(export).generate(prompt.tolist(), Sampling(max_new_tokens=count))
+    assert list(generated) == tokens
+    assert len(set(tokens)) > 3
 
 
 def test_four_bits_are_refused_with_what_can_be_exported(
