@@ -67,7 +67,7 @@ def test_an_eight_bit_cache_keeps_parity(
 def test_every_graph_of_an_integer_export_shares_the_cache(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    source = make_checkpoint(models["qwen3"], tmp_path / "c", "W8A8", weights="rtn", kv_bits=8)
+    source = make_checkpoint(models["qwen3"], tmp_path / "c", "W4A8", weights="rtn", kv_bits=8)
     make_export(source, tmp_path / "onnx", Kernel.AUTO)
     for file in ("prompt.onnx", "token.onnx"):
         assert cache_types(tmp_path / "onnx", file) == {"tensor(int8)"}

@@ -162,7 +162,7 @@ def test_an_adapters_basis_can_be_given_r3(model: Path, adapters: dict[str, Path
     own = open_adapter(adapters["rolora"]).rotation
     assert own is not None
     for choice, kv_bits in ((None, 4), (RotationChoice(ALL | {RotationName.R3}), 16)):
-        plan = choose_rotation(names, choice, open_adapter(adapters["rolora"]), kv_bits)
+        plan = choose_rotation(names, choice, open_adapter(adapters["rolora"]), kv_bits=kv_bits)
         assert plan is not None
         assert plan.names == own.names | {RotationName.R3}
         content = plan.to_tensors()
