@@ -94,7 +94,7 @@ def test_exceptions_leave_the_choice_of_graphs_alone(
 
 def test_float_inputs_are_multiplied_in_float(model: Path, tmp_path: Path) -> None:
     for kernel in (Kernel.INTEGER, Kernel.NBITS):
-        checkpoint = quantize(model, tmp_path / f"{kernel}", "W4A16", "o=A8", static=False)
+        checkpoint = quantize(model, tmp_path / f"{kernel}", "W4A16", "down=A8")
         make_export(checkpoint, tmp_path / f"{kernel}-onnx", kernel)
         graph = onnx.load(tmp_path / f"{kernel}-onnx" / GRAPH_NAME, load_external_data=False).graph
         levels = {
@@ -104,7 +104,7 @@ def test_float_inputs_are_multiplied_in_float(model: Path, tmp_path: Path) -> No
             if attribute.name == "accuracy_level"
         }
         # Block sizes of kernels with 8-bit inputs are for level 4 alone.
-        eight = {name for name in levels if "o_proj" in name}
+        eight = {name for name in levels if "down_proj" in name}
         assert {levels[name] for name in eight} == ({4} if kernel is Kernel.NBITS else set())
         assert {levels[name] for name in levels.keys() - eight} == {1}
 
