@@ -33,10 +33,11 @@ def load_compressed(directory: Path) -> PreTrainedModel:
     """
     # Progress bars that no setting turns off would break a status line or a log.
     with redirect_stderr(io.StringIO()):
-        loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-        model, report = loaded
+        model: PreTrainedModel = loaded[0]
+        report: dict[str, set[str]] = loaded[1]
         transforms = _apply_transforms(model, directory)
         model.eval()
         with torch.inference_mode():
