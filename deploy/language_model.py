@@ -238,6 +238,11 @@ def open_language_model(
     elif manifest.kind is ArtifactKind.COMPRESSED:
         verify_files(directory)
         model = TorchLanguageModel(reference, load_compressed(directory))
+    elif manifest.kind is ArtifactKind.ROTATION:
+        raise StageOrderError(
+            f"{directory}: a rotation is no model; give it to rolora merge-rotate-quantize "
+            f"--rotation, and evaluate what that writes"
+        )
     else:
         raise StageOrderError(
             f"{directory}: an adapter is no model by itself; evaluate it on its model: --model ... "

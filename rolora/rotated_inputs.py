@@ -73,6 +73,9 @@ def fake_quantize_input(x: Tensor, spec: ActivationSpec, static_scale: float | N
 
     Returns:
         [..., K], float32, or float64 if x is.
+
+    Raises:
+        ValueError: A static scale is missing, or the group size does not divide K.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     quant_min, quant_max = activation_range(spec.bits)
@@ -80,8 +83,11 @@ def fake_quantize_input(x: Tensor, spec: ActivationSpec, static_scale: float | N
         if static_scale is None:
             raise ValueError("an input with a static scale: expected one, got none; observe first")
         return fake_quantize(x, x.new_tensor(static_scale), quant_min, quant_max)
-    width = spec.group_size if spec.granularity is Granularity.GROUP else None
-    grouped = x.unflatten(-1, (-1, width or x.shape[-1]))
+    columns = x.shape[-1]
+    width = (spec.granularity is Granularity.GROUP and spec.group_size) or columns
+    if columns % width:
+        raise ValueError(f"group size {width} does not divide the {columns} input columns")
+    grouped = x.unflatten(-1, (-1, width))
     scale = token_scale(grouped, spec.bits, spec.clip_ratio)
     return fake_quantize(grouped, scale, quant_min, quant_max).flatten(-2)
 
@@ -190,7 +196,11 @@ class RotatedInputs:
         scale = None
         if site.spec.granularity is Granularity.TENSOR:
             scale = self._static_scale(site)
-        return site.turn_back(self._rounding(site.turn(x), site.spec, scale)).to(x.dtype)
+        try:
+            rounded = self._rounding(site.turn(x), site.spec, scale)
+        except ValueError as error:
+            raise ValueError(f"{site.fqn}: {error}") from error
+        return site.turn_back(rounded).to(x.dtype)
 
     def _observe(self, site: _Site, x: Tensor) -> Tensor:
         if site.spec.granularity is Granularity.TENSOR:
@@ -215,7 +225,8 @@ class RotatedInputs:
 def _turn_heads(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply each head of x [..., heads * n] by a matrix [n, n]."""
     heads = x.unflatten(-1, (-1, matrix.shape[0]))
-    return (heads @ matrix).flatten(-2)
+    turned: Tensor = (heads @ matrix).flatten(-2)
+    return turned
 
 
 def _pass_by(_site: _Site, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_settings import CheckpointSettings, RotationChoice, choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.finetune import FinetuneSettings, Method
+from deploy.language_model import open_language_model
 from deploy.learn_rotation import LearnRotationSettings, learn_rotation_artifact
 from deploy.loading import load_model
 from deploy.merge_rotate_quantize import merge_rotate_quantize
@@ -232,6 +233,8 @@ def test_what_holds_no_rotation_or_one_of_another_model_is_refused(
     deeper = save_model(tmp_path / "deeper", num_hidden_layers=3)
     with pytest.raises(ConfigError, match=r"--rotation .*: R2, number of layers: expected 3"):
         checkpoint(deeper, tmp_path / "out", rotation)
+    with pytest.raises(StageOrderError, match="a rotation is no model; give it to"):
+        open_language_model(str(rotation))
     with pytest.raises(StageOrderError, match="expected a model, got an artifact of kind rotation"):
         make_checkpoint(rotation, tmp_path / "out", "FP32")
 

@@ -226,11 +226,12 @@ def test_inputs_are_rounded_as_the_integer_linear_does(
     assert fake_quantize_input(x.bfloat16(), spec, scale).dtype == torch.float32
 
 
-def test_groups_are_rounded_in_place(make_decoder: MakeDecoder) -> None:
+def test_groups_that_do_not_fit_name_the_place(make_decoder: MakeDecoder) -> None:
     decoder = make_decoder("llama")
     inputs = RotatedInputs(decoder.model, decoder.names, GROUPS, Basis.of(draw(decoder)))
-    with inputs.rounded(), pytest.raises(RuntimeError, match="unflatten"):
-        decoder.logits()  # 16 does not divide 36; the stage checks the recipe before
+    said = r"layers.0.input_layernorm: group size 16 does not divide the 36 input"
+    with inputs.rounded(), pytest.raises(ValueError, match=said):
+        decoder.logits()
 
 
 def test_static_scales_are_observed_first_and_once_for_each_norm(
