@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from deploy.errors import ArtifactError
 from deploy.weight_files import CONFIG_NAME, SINGLE_NAME, name_some
@@ -31,7 +32,23 @@ def load_compressed(directory: Path) -> PreTrainedModel:
     Raises:
         ArtifactError: A tensor is missing, or is there without a place in the model.
     """
-    # Progress bars that no setting turns off would break a status line or a log.
+    # The warnings of transformers are checked below, and no setting turns the progress bars off.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, missing, unexpected = _load_quietly(directory)
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing or unexpected:
+        raise ArtifactError(
+            f"{directory / SINGLE_NAME}: missing for transformers: {name_some(missing) or 'none'}; "
+            f"without a place in the model: {name_some(unexpected) or 'none'}; export again"
+        )
+    return model
+
+
+def _load_quietly(directory: Path) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """Return the model, and which tensors are missing or have no place in it."""
     with redirect_stderr(io.StringIO()):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -42,14 +59,7 @@ def load_compressed(directory: Path) -> PreTrainedModel:
         model.eval()
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64))  # unpacks the weights
-    missing = set(report["missing_keys"])
-    unexpected = set(report["unexpected_keys"]) - transforms
-    if missing or unexpected:
-        raise ArtifactError(
-            f"{directory}: transformers finds no {name_some(missing) or 'fault'} and has no place "
-            f"for {name_some(unexpected) or 'nothing else'}; export again"
-        )
-    return model
+    return model, set(report["missing_keys"]), set(report["unexpected_keys"]) - transforms
 
 
 def _apply_transforms(model: PreTrainedModel, directory: Path) -> set[str]:

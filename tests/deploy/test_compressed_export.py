@@ -198,15 +198,15 @@ def test_a_fault_of_the_export_is_refused_and_leaves_nothing(
     with pytest.raises(ParityError, match="transformers computes something else"):
         export_compressed(made("W8A8").checkpoint, tmp_path / "out")
 
-    def without_bias(checkpoint: Checkpoint, quantized: set[str]) -> dict[str, Tensor]:
+    def without_norm(checkpoint: Checkpoint, quantized: set[str]) -> dict[str, Tensor]:
         tensors = others(checkpoint, quantized)
         del tensors["model.norm.weight"]
         return tensors
 
     others = deploy.compressed_export._other_tensors
     monkeypatch.undo()
-    monkeypatch.setattr(deploy.compressed_export, "_other_tensors", without_bias)
-    with pytest.raises(ArtifactError, match=r"finds no model.norm.weight"):
+    monkeypatch.setattr(deploy.compressed_export, "_other_tensors", without_norm)
+    with pytest.raises(ArtifactError, match=r"missing for transformers: model.norm.weight;"):
         export_compressed(made("W8A8").checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
