@@ -58,7 +58,9 @@ def test_the_command_reference_is_what_help_prints() -> None:
 
 def test_the_file_map_lists_every_module_and_nothing_else() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^    ((?:deploy|reslora|rolora)/\w+\.py) ", readme, re.MULTILINE))
+    lines = re.findall(r"^    ((?:deploy|reslora|rolora)/\w+\.py) ", readme, re.MULTILINE)
+    listed = set(lines)
+    assert len(lines) == len(listed), "a room is listed twice"
     modules = {
         path.relative_to(ROOT).as_posix()
         for package in ("deploy", "reslora", "rolora")
