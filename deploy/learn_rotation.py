@@ -33,7 +33,7 @@ from deploy.rotation_file import save_rotation
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.learned import LearningSettings, compare_starts, learn_rotation
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationPlan
 from rolora.scheme import QuantizationRecipe
 
 
@@ -197,7 +197,7 @@ def _starts(names: DecoderNames, settings: LearnRotationSettings) -> list[Rotati
         return [
             RotationPlan.draw(
                 names,
-                frozenset(RotationName),
+                DEFAULT_ROTATIONS,
                 RotationKind.LEARNED,
                 settings.seed + number,
                 one_r2=settings.learning.one_r2,

@@ -26,7 +26,7 @@ from deploy.stored_rotation import open_rotation
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod
 from rolora.learned import LearningSettings
-from rolora.rotation import RotationKind, RotationName
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName
 from tests.deploy.tiny_artifacts import (
     finetune_settings,
     make_adapter,
@@ -213,7 +213,7 @@ def test_contradicting_options_are_refused(model: Path, rotation: Path, tmp_path
     for options in ({"rotation_seed": 1}, {"rotation_kind": RotationKind.ORTHOGONAL}):
         with pytest.raises(ConfigError, match="leave --rotation-kind and --rotation-seed out"):
             tune(Method.ROLORA, **options)
-    choice = RotationChoice(frozenset(RotationName))
+    choice = RotationChoice(DEFAULT_ROTATIONS)
     with pytest.raises(ConfigError, match="is a whole rotation; leave --rotate"):
         checkpoint(model, tmp_path / "out", rotation, rotation=choice)
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from rolora.learned import (
     learn_rotation,
 )
 from rolora.online import install_online_rotations
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName, RotationPlan
 from rolora.scheme import QuantizationRecipe, Scheme
 from rolora.stiefel import cayley_step
 
@@ -59,7 +59,7 @@ def prepare_outlier(make_decoder: MakeDecoder) -> tuple[Any, RotationPlan]:
 
 
 def start_of(names: DecoderNames, seed: int = 0, **options: Any) -> RotationPlan:
-    return RotationPlan.draw(names, RotationName, RotationKind.LEARNED, seed, **options)
+    return RotationPlan.draw(names, DEFAULT_ROTATIONS, RotationKind.LEARNED, seed, **options)
 
 
 def learn(
@@ -241,7 +241,7 @@ def test_no_plans_to_compare_are_refused(make_decoder: MakeDecoder) -> None:
 
 def test_a_start_of_another_kind_or_model_is_refused(make_decoder: MakeDecoder) -> None:
     decoder = prepare(make_decoder)
-    drawn = RotationPlan.draw(decoder.names, RotationName, RotationKind.HADAMARD, 0)
+    drawn = RotationPlan.draw(decoder.names, DEFAULT_ROTATIONS, RotationKind.HADAMARD, 0)
     with pytest.raises(ValueError, match="expected one of kind learned, got hadamard"):
         learn(decoder, start=drawn)
     larger = dataclasses.replace(decoder.names, hidden_size=40)

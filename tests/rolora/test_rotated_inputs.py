@@ -15,7 +15,7 @@ from rolora.fuse import fuse_rotations
 from rolora.online import install_online_rotations
 from rolora.quantize import plan_layers
 from rolora.rotated_inputs import Basis, RotatedInputs, fake_quantize_input
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName, RotationPlan
 from rolora.scheme import ActivationSpec, Granularity, QuantizationRecipe, Scheme
 
 MakeDecoder = Callable[..., Any]
@@ -29,7 +29,7 @@ def draw(decoder: Any, seed: int = 1) -> RotationPlan:
     untie_head(decoder.model, decoder.names)
     fold_norm_gains(decoder.model, decoder.names)
     decoder.model.requires_grad_(False)
-    return RotationPlan.draw(decoder.names, RotationName, RotationKind.LEARNED, seed)
+    return RotationPlan.draw(decoder.names, DEFAULT_ROTATIONS, RotationKind.LEARNED, seed)
 
 
 def rounded_logits(decoder: Any, inputs: RotatedInputs) -> Tensor:
