@@ -32,7 +32,8 @@ from compressed_tensors.quantization import (
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.errors import ConfigError
 from rolora.affine import activation_range
-from rolora.scheme import ActivationSpec, Granularity, WeightSpec
+from rolora.kv_cache import FLOAT_KV_BITS
+from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
 _REMAKE = "make the checkpoint again with rolora merge-rotate-quantize"
 
@@ -60,7 +61,13 @@ def compressed_scheme(checkpoint: Checkpoint) -> CompressedScheme:
             f"{checkpoint.directory}: nothing is quantized, so there is nothing to say in "
             f"compressed-tensors; {_REMAKE} --scheme W8A8"
         )
-    if faults := _inexpressible(quantized):
+    faults = _inexpressible(quantized)
+    if checkpoint.kv_bits != FLOAT_KV_BITS:
+        faults.append(
+            f"the KV cache has {checkpoint.kv_bits} bits, expected a float one: the scales and "
+            f"rotation of ours are not written here; {_REMAKE} --kv-bits {FLOAT_KV_BITS}"
+        )
+    if faults:
         raise ConfigError.from_faults(str(checkpoint.directory), faults)
     members: dict[tuple[WeightSpec, ActivationSpec], list[str]] = defaultdict(list)
     for fqn, linear in quantized.items():
@@ -114,13 +121,21 @@ def _granularity(args: QuantizationArgs) -> str:
 
 
 def _inexpressible(quantized: Mapping[str, StoredLinear]) -> list[str]:
-    """Return a sentence for each clip ratio that readers would not apply."""
+    """Return a sentence for each thing that readers would not apply."""
+    faults = [
+        f"{fqn} has {spec}, expected weights and inputs of 4 to 8 bits, inputs without a zero "
+        f"point: the other forms are not written here; {_REMAKE} a scheme such as W8A8, without "
+        f"exceptions for it"
+        for fqn, linear in quantized.items()
+        if (spec := linear.activation) is not None
+        and (spec.is_float or not spec.symmetric or linear.weight.bits == UNQUANTIZED_BITS)
+    ][:1]
     clipped: dict[float, list[str]] = defaultdict(list)
     for fqn, linear in quantized.items():
         spec = linear.activation
         if spec is not None and spec.granularity is not Granularity.TENSOR and spec.clip_ratio != 1:
             clipped[spec.clip_ratio].append(fqn)
-    return [
+    return faults + [
         f"{len(fqns)} linears ({fqns[0]} ...) clip their inputs at {ratio:g} of the absolute "
         f"maximum, expected 1: compressed-tensors has no word for it, and readers would compute "
         f"something else; {_REMAKE} --activation-clip 1"

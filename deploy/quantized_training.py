@@ -102,7 +102,9 @@ def open_start(directory: Path, loaded: LoadedModel) -> Checkpoint:
             f"{str(parents.get('model'))[:12]}), but the model given is {loaded.name} (digest "
             f"{loaded.digest[:12]}); give the model it was made of"
         )
-    if "adapter" in parents and "start" not in parents:  # a packed one is of the model's own weights
+    if (
+        "adapter" in parents and "start" not in parents
+    ):  # a packed one is of the model's own weights
         raise ConfigError(
             f"{directory}: holds a merged adapter, and quantization-aware training needs the float "
             "weights it was rounded from; write the merged model with rolora merge --to model, "

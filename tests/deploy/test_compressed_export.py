@@ -36,6 +36,7 @@ from deploy.language_model import open_language_model
 from deploy.parity import LEAST_BOUND, float_activation_logits, relative_error
 from deploy.text_quality import Task, cut_windows, evaluate_model
 from rolora.affine import token_scale
+from rolora.overrides import Override
 from rolora.rotation import RotationKind
 from rolora.scheme import Scheme
 from tests.deploy.tiny_artifacts import make_checkpoint, save_model
@@ -342,6 +343,26 @@ def test_what_the_format_cannot_say_is_refused(
         export_compressed(plain, tmp_path / "out")
     with pytest.raises(StageOrderError, match="make one with rolora merge-rotate-quantize"):
         export_compressed(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_bits": 8}, "the KV cache has 8 bits, expected a float one"),
+        ({"asymmetric": True, "static": False}, "asymmetric, expected weights and inputs of 4"),
+        ({"overrides": (Override.parse("down=A16"),)}, "down_proj has float, expected weights and"),
+    ],
+)
+def test_what_is_not_written_here_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model")
+    made = make_checkpoint(
+        model, tmp_path / "made", "W8A8", weights="rtn", rotate="r1,r2", **options
+    )
+    with pytest.raises(ConfigError, match=message):
+        export_compressed(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -202,6 +202,23 @@ def test_a_start_of_another_model_is_refused(data: Path, start: Path, tmp_path: 
         finetune(settings_for(other, data, start), tmp_path / "out")
 
 
+def test_training_can_start_from_what_it_packed_before(
+    model: Path, data: Path, packed: Path, tmp_path: Path
+) -> None:
+    finetune(settings_for(model, data, packed), tmp_path / "further")
+    report = pack(PackSettings(str(model), tmp_path / "further"), tmp_path / "packed")
+    with Checkpoint(packed) as before, Checkpoint(report.output) as after:
+        fqn = before.names.blocks[0].down
+        assert (before.integers(before.linear(fqn)) != after.integers(after.linear(fqn))).any()
+
+
+def test_a_start_that_holds_an_adapter_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(model, tmp_path / "adapter", "rolora")
+    make_checkpoint(model, tmp_path / "start", "W4A8", adapter=adapter, rotate=None)
+    with pytest.raises(ConfigError, match="holds a merged adapter"):
+        finetune(settings_for(model, data, tmp_path / "start"), tmp_path / "out")
+
+
 def test_a_float_start_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     make_checkpoint(model, tmp_path / "float", "FP32")
     with pytest.raises(ConfigError, match="nothing in it is quantized"):
