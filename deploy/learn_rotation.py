@@ -34,7 +34,7 @@ from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.learned import LearningSettings, compare_starts, learn_rotation
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationPlan
-from rolora.scheme import QuantizationRecipe
+from rolora.scheme import UNQUANTIZED_BITS, QuantizationRecipe
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,13 @@ class LearnRotationSettings:
         """Check the counts.
 
         Raises:
-            ConfigError: A count or the learning rate is out of range.
+            ConfigError: A count or the learning rate is out of range, or the scheme rounds no
+                activations.
         """
+        if self.recipe.scheme.activation_bits == UNQUANTIZED_BITS:
+            raise ConfigError(
+                f"--scheme {self.recipe.scheme}: expected one that rounds activations, such as W4A4"
+            )
         least = {"steps": (self.learning.steps, 0), "best-of": (self.best_of, 1)}
         least |= {"window-tokens": (self.tokens, 2), "held-out": (self.held_out, 1)}
         for option, (value, bound) in least.items():

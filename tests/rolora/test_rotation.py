@@ -248,13 +248,14 @@ def test_learning_starts_at_the_random_hadamard_of_the_seed(names: DecoderNames)
     assert saved == {
         "R1.matrix": (torch.float64, 36, 36),
         "R2.matrix": (torch.float64, 3, 12, 12),
+        "R3.signs": (torch.int8, 12),
         "R4.left_signs": (torch.int8, 1),
         "R4.right_signs": (torch.int8, 44),
     }
     constructions = {
         name: "construction" in entry for name, entry in start.to_metadata()["rotations"].items()
     }
-    assert constructions == {"R1": False, "R2": False, "R4": True}
+    assert constructions == {"R1": False, "R2": False, "R3": True, "R4": True}
 
 
 def test_learned_matrices_are_put_in_and_checked(names: DecoderNames) -> None:
