@@ -12,8 +12,8 @@ from torch import Tensor
 from rolora.calibration import observe_inputs
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.fuse import fuse_rotations
-from rolora.online import install_online_rotations
 from rolora.layer_plan import plan_layers
+from rolora.online import install_online_rotations
 from rolora.rotated_inputs import Basis, RotatedInputs, fake_quantize_input
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName, RotationPlan
 from rolora.scheme import ActivationSpec, Granularity, QuantizationRecipe, Scheme
