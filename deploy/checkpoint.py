@@ -16,7 +16,7 @@ the bits of the cache, stand in the manifest's details.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +233,7 @@ class Checkpoint:
             if parameter.device.type == "meta"
         }
         model.load_state_dict(remaining, strict=False, assign=True)
-        _restore_buffers(model, self.config)
+        restore_buffers(model, self.config)
         if self.rotation is not None:
             install_online_rotations(model, self.rotation, self.names)
         if self.kv_bits != FLOAT_KV_BITS or self.r3 is not None:
@@ -263,27 +263,58 @@ class Checkpoint:
         )
 
 
-def write_weights(directory: Path, model: nn.Module) -> None:
-    """Write the tensors of a (quantized) decoder as `model.safetensors`.
+def stored_tensors(model: nn.Module, fqns: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of some modules as a checkpoint stores them, 4-bit weights packed.
+
+    Args:
+        model: Of which these modules are quantized, or float with an untied head.
+        fqns: The modules; "" is the model.
+    """
+    tensors: dict[str, Tensor] = {}
+    for fqn in fqns:
+        part = model.get_submodule(fqn)
+        packed = {
+            f"{name}.weight".lstrip(".")
+            for name, module in part.named_modules()
+            if isinstance(module, QuantizedLinear) and module.weight_spec.bits == 4
+        }
+        for name, tensor in part.state_dict().items():
+            whole = pack_int4(tensor) if name in packed else tensor.detach().contiguous()
+            tensors[f"{fqn}.{name}".lstrip(".")] = whole
+    return tensors
+
+
+def write_model(directory: Path, model: nn.Module) -> None:
+    """Write a (quantized) decoder that is in memory as `model.safetensors`.
 
     Args:
         directory: An artifact that is being written.
-        model: After `quantize_decoder`, or a float decoder with an untied head.
+        model: With an untied head.
     """
-    tensors: dict[str, Tensor] = {}
-    packed = {
-        f"{fqn}.weight"
-        for fqn, module in model.named_modules()
-        if isinstance(module, QuantizedLinear) and module.weight_spec.bits == 4
-    }
-    for name, tensor in model.state_dict().items():
-        tensors[name] = pack_int4(tensor) if name in packed else tensor.detach().contiguous()
+    tensors = stored_tensors(model, [""])
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return about how many bytes `write_weights` will write (4-bit weights counted unpacked)."""
+    """Return about how many bytes `write_model` will write (4-bit weights counted unpacked)."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def write_weights(directory: Path, parts: Iterable[Path]) -> None:
+    """Join safetensors files into `model.safetensors`.
+
+    Their tensors stay on disk, mapped, while they are copied.
+
+    Args:
+        directory: An artifact that is being written.
+        parts: Files of `stored_tensors` that make up a decoder.
+    """
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as files:
+        for path in parts:
+            file = files.enter_context(safe_open(path, framework="pt"))
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:
@@ -335,7 +366,7 @@ def _kv_bits_from_details(details: Mapping[str, Any], where: Path) -> int:
     return int(bits)
 
 
-def _restore_buffers(model: PreTrainedModel, config: PretrainedConfig) -> None:
+def restore_buffers(model: PreTrainedModel, config: PretrainedConfig) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies) anew."""
     for name, module in list(model.named_modules()):
         on_meta = any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False))

@@ -22,8 +22,9 @@ from deploy.checkpoint_settings import CheckpointSettings, RotationChoice, choos
 from deploy.export import Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.language_model import OpenedModel, open_language_model
-from deploy.loading import DEMO_MODEL, load_model, save_tokenizer
+from deploy.loading import load_model, save_tokenizer
 from deploy.merge_rotate_quantize import merge_rotate_quantize
+from deploy.model_location import DEMO_MODEL
 from deploy.run import Sampling, TextGenerator
 from deploy.staging import staged_directory
 from deploy.text_quality import Task, cut_windows, evaluate_model

@@ -22,12 +22,8 @@ from deploy.encoder_architecture import (
 )
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import (
-    DEMO_ENCODER,
-    DEMO_MODEL,
-    HUB_ID,
     LoadedModel,
     call_loader,
-    download_model,
     load_local_tokenizer,
     quiet_transformers,
     refuse_departures,
@@ -35,6 +31,7 @@ from deploy.loading import (
     refuse_other_stages,
     refuse_quantized,
 )
+from deploy.model_location import DEMO_ENCODER, DEMO_MODEL, HUB_ID, download_model
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,

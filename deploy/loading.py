@@ -9,7 +9,6 @@ not finite is an error, since transformers would go on with random or dropped we
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,23 +35,16 @@ from deploy.artifact import (
     read_manifest,
     verify_files,
 )
-from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
-from deploy.gguf_files import check_gguf, find_demo_file
+from deploy.errors import ArtifactError, StageOrderError, UnsupportedModelError
+from deploy.gguf_files import check_gguf
+from deploy.model_location import locate_model
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
-    find_demo_encoder,
     find_weight_files,
     name_some,
     read_model_config,
 )
-
-DEMO_MODEL = "smollm2-135m"
-DEMO_ENCODER = "minilm-l6"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-HUB_IGNORED = ("consolidated*", "*/*")
-LOCAL_OPTIONS = f"a model directory, a .gguf file or {DEMO_MODEL}"
 
 
 @dataclass(frozen=True)
@@ -84,21 +74,10 @@ def load_model(reference: str | Path, dtype: torch.dtype = torch.float32) -> Loa
         UnsupportedModelError: another family, a feature we do not handle, or a model that is
             quantized already.
     """
-    text = str(reference)
-    path = Path(text).expanduser()
-    if text == DEMO_MODEL:
-        return _load_gguf(find_demo_file(), text, dtype)
-    if text == DEMO_ENCODER:
-        return _load_directory(find_demo_encoder(), text, dtype)
-    if path.is_dir():
-        return _load_directory(path, path.resolve().name, dtype)
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, path.stem, dtype)
-    if path.exists():
-        raise ConfigError(f"model {text}: expected {LOCAL_OPTIONS}, got another kind of file")
-    if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
-        return _load_directory(download_model(text), text, dtype)
-    raise ConfigError(f"model {text}: no such file or directory; give {LOCAL_OPTIONS}, or a hub id")
+    located = locate_model(reference)
+    if located.is_gguf:
+        return _load_gguf(located.path, located.name, dtype)
+    return _load_directory(located.path, located.name, dtype)
 
 
 def save_tokenizer(loaded: LoadedModel, directory: Path) -> None:
@@ -117,32 +96,21 @@ def save_tokenizer(loaded: LoadedModel, directory: Path) -> None:
         )
 
 
-def download_model(reference: str) -> Path:
-    """Fetch a model's files from the hub, pickles and code left out, and return where they lie.
+def check_model_directory(directory: Path) -> list[Path]:
+    """Return the weight files of a float decoder's directory, each opened once.
 
     Raises:
-        ConfigError: the hub has no such model or cannot be reached.
+        As `load_model`.
     """
-    try:
-        return Path(
-            snapshot_download(
-                reference, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model {reference}: no local file or directory has this name, and the hub did not "
-            f"give it ({reason}); give {LOCAL_OPTIONS}, or a hub id that can be reached"
-        ) from error
-
-
-def _load_directory(directory: Path, name: str, dtype: torch.dtype) -> LoadedModel:
     refuse_other_stages(directory)
     raw_config = read_model_config(directory)
     family_of(str(raw_config.get("model_type")), str(directory))
     refuse_quantized(directory, raw_config)
-    weight_files = find_weight_files(directory)
+    return find_weight_files(directory)
+
+
+def _load_directory(directory: Path, name: str, dtype: torch.dtype) -> LoadedModel:
+    weight_files = check_model_directory(directory)
     model = _load_weights(directory, dtype, use_safetensors=True)
     tokenizer = load_local_tokenizer(directory)
     digest = digest_files([*weight_files, directory / CONFIG_NAME])

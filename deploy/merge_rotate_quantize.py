@@ -1,25 +1,28 @@
 """The middle stage: model (+ adapter) -> merged, rotated, quantized checkpoint.
 
-    load -> [rotate in the adapter's basis] -> merge -> [rotate] -> quantize -> [KV cache] -> write
+    for the embedding, each block and the head:
+        load -> [rotate in adapter basis] -> merge -> [rotate] -> quantize -> [KV cache] -> store
 
 An adapter that was trained in a rotated basis carries its rotation and is merged in that basis; any
 other adapter is merged first and the result is rotated, which in exact arithmetic is the same
 function.
+
+Stored parts survive the process (`part_store`), and but for them little more than a part is in
+memory (`decoder_source`), so the model may be larger than the machine's memory. What is measured or
+chosen on the running float model needs the whole of it (`needs_whole_model`, approximate merges);
+a line of progress says so and why.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deploy.adapter_artifact import StoredAdapter, open_adapter
-from deploy.architecture import decoder_names
 from deploy.artifact import (
     ArtifactKind,
     Manifest,
@@ -29,29 +32,27 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.calibration_text import calibration_for
-from deploy.checkpoint import formats_to_details, weights_bytes, write_weights
+from deploy.checkpoint import formats_to_details, write_weights
 from deploy.checkpoint_settings import (
     FLOAT_SCHEME,
     CheckpointSettings,
     RotationChoice,
     default_rotations,
 )
-from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
-from deploy.loading import LoadedModel, load_model, save_tokenizer
+from deploy.decoder_source import DecoderSource, open_decoder
+from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.loading import save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
-from deploy.rotate import rotate_model
+from deploy.part_store import discard_parts, open_parts
+from deploy.part_walk import PartWalk
 from deploy.rotation_file import save_rotation
-from deploy.shortcut_merge import merge_stored_adapter, model_wide_figures
+from deploy.shortcut_merge import model_wide_figures
 from deploy.staging import require_free_space
 from deploy.stored_rotation import StoredRotation, open_rotation
-from rolora.calibrated_plan import CalibratedPlan, calibrate_plan
+from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.decoder import DecoderNames
-from rolora.fold import untie_head
-from rolora.kv_attention import quantize_kv_cache
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
-from rolora.online import install_online_rotations
-from rolora.quantize import LayerError, quantize_decoder
 from rolora.rotation import RotationName, RotationPlan
 
 
@@ -62,6 +63,10 @@ class CheckpointReport:
     output: Path
     manifest: Manifest
     peak_memory_bytes: int
+    seconds_per_block: tuple[float, ...] = ()
+    """Of each block, from reading to storing it; nothing if the checkpoint was finished already."""
+    resumed_parts: int = 0
+    """Parts of the model that an earlier process had finished."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -76,6 +81,8 @@ class CheckpointReport:
                 rounding.values(), key=lambda layer: layer["relative_error"], default=None
             ),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "seconds_per_block": list(self.seconds_per_block),
+            "resumed_parts": self.resumed_parts,
         }
 
 
@@ -84,6 +91,8 @@ def merge_rotate_quantize(
     output: Path,
     progress: Callable[[str], None] = lambda step: None,
     layer_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    resume: bool = True,
 ) -> CheckpointReport:
     """Run the stage.
 
@@ -92,15 +101,18 @@ def merge_rotate_quantize(
         output: The checkpoint directory to make.
         progress: Called with a line for each step.
         layer_progress: Called with the numbers of quantized layers and of all.
+        resume: Go on behind the parts that a killed run finished; False removes them.
 
     Raises:
-        ConfigError: The output exists, or options contradict each other or the adapter.
+        ConfigError: The output exists, options contradict each other or the adapter, or a killed
+            run with other inputs left finished parts.
         ArtifactError: A file is damaged, or the adapter belongs to another model.
         UnsupportedModelError: The model is of another family, or a size has no Hadamard matrix.
     """
     progress(f"loading {settings.model}")
-    loaded = load_model(settings.model)
     adapter = None if settings.adapter is None else open_adapter(settings.adapter)
+    source = open_decoder(settings.model, adapter, settings.merge, _choices(settings))
+    loaded, names = source.loaded, source.names
     parents = {"model": loaded.digest}
     if adapter is not None:
         adapter.require_base(loaded.digest, settings.model)
@@ -108,46 +120,64 @@ def merge_rotate_quantize(
     stored = None if settings.stored_rotation is None else open_rotation(settings.stored_rotation)
     if stored is not None:
         parents["rotation"] = stored.digest
-    if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, settings.to_config()):
+    config = settings.to_config()
+    if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, config):
         progress(f"{output} is finished already")
+        discard_parts(output)
         return CheckpointReport(output, done, peak_memory_bytes())
-    names = decoder_names(loaded.model.config)
     if settings.recipe is not None:
         try:
             plan_layers(names, settings.recipe, settings.overrides)
         except ValueError as error:
             raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
-    with new_artifact(output) as directory:
-        with torch.no_grad():
-            merge_report = _merge_and_rotate(loaded, names, plan, adapter, settings, progress)
-        progress("calibrating")
-        planned, errors = _quantize(loaded, names, settings, progress, layer_progress)
-        _quantize_cache(loaded, names, plan, settings, progress)
+    key = {"parents": parents, "settings": config, "versions": library_versions()}
+    with new_artifact(output) as directory, open_parts(output, key, resume=resume) as store:
+        finished = len(store.parts)
+        if finished:
+            progress(f"going on behind {finished} finished parts")
+        if source.whole_because is not None:
+            progress(f"working on the whole model in memory: {source.whole_because}")
+        source.begin(plan, lambda: _calibration(source, settings), progress)
+        calibrates = settings.recipe is not None or settings.kv_bits != FLOAT_KV_BITS
+        batches = _calibration(source, settings) if calibrates else []
+        planned = _plan(source, settings, batches, progress)
+        progress("quantizing part by part")
+        PartWalk(source, settings, planned, plan, batches, store, layer_progress).run()
         progress("writing the checkpoint")
+        facts = [part.facts for part in store.parts]
         details: dict[str, Any] = {
             "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
             "linears": formats_to_details(planned.plans),
             "choices": planned.to_details(),
-            "rounding": {error.fqn: asdict(error) for error in errors},
-            "merge": merge_report,
+            "rounding": {error["fqn"]: error for part in facts for error in part["rounding"]},
+            "merge": source.merge_report([layer for part in facts for layer in part["merged"]]),
             "kv_bits": settings.kv_bits,
         } | save_rotation(directory, plan)
         loaded.model.config.save_pretrained(directory)
         save_tokenizer(loaded, directory)
-        require_free_space(directory, weights_bytes(loaded.model))
-        write_weights(directory, loaded.model)
+        require_free_space(directory, sum(part.file.bytes for part in store.parts))
+        write_weights(directory, [store.path(part.name) for part in store.parts])
         manifest = write_manifest(
             directory,
             Manifest(
                 ArtifactKind.CHECKPOINT,
                 parents=parents,
-                config=settings.to_config(),
+                config=config,
                 versions=library_versions(),
                 details=details,
             ),
         )
-    return CheckpointReport(output, manifest, peak_memory_bytes())
+    store.remove()
+    seconds = tuple(part["seconds"] for part in facts[1:-1])
+    return CheckpointReport(output, manifest, peak_memory_bytes(), seconds, finished)
+
+
+def _choices(settings: CheckpointSettings) -> str | None:
+    """Say what is chosen on the running float model, None if nothing is."""
+    if settings.recipe is None or not needs_whole_model(settings.recipe, settings.budget):
+        return None
+    return "bits, clips or static scales are chosen on calibration text"
 
 
 def choose_rotation(
@@ -213,92 +243,32 @@ def choose_rotation(
         raise UnsupportedModelError(str(error)) from error
 
 
-def _merge_and_rotate(
-    loaded: LoadedModel,
-    names: DecoderNames,
-    plan: RotationPlan | None,
-    adapter: StoredAdapter | None,
-    settings: CheckpointSettings,
-    progress: Callable[[str], None],
-) -> dict[str, Any] | None:
-    """Bring adapter and rotation into the weights, in the order of the adapter's basis."""
-    rotate_first = adapter is not None and adapter.rotation is not None
-    report = None
-    if rotate_first and plan is not None:
-        progress("rotating into the adapter's basis")
-        rotate_model(loaded, names, plan)
-    if adapter is not None:
-        progress(f"merging {adapter.directory}")
-        try:
-            report = merge_stored_adapter(
-                loaded.model, names, adapter, settings.merge, lambda: _calibration(loaded, settings)
-            )
-        except ValueError as error:
-            raise ArtifactError(f"{adapter.directory}: cannot be merged: {error}") from error
-    if plan is None:
-        untie_head(loaded.model, names)
-    elif not rotate_first:
-        progress(f"rotating with {', '.join(sorted(plan.names))}")
-        rotate_model(loaded, names, plan)
-    if plan is not None:
-        install_online_rotations(loaded.model, plan, names)
-    return report
-
-
-def _calibration(loaded: LoadedModel, settings: CheckpointSettings) -> list[dict[str, Tensor]]:
+def _calibration(source: DecoderSource, settings: CheckpointSettings) -> list[dict[str, Tensor]]:
     return calibration_for(
-        loaded,
+        source.loaded,
         settings.calibration,
         windows=settings.calibration_windows,
         tokens=settings.calibration_tokens,
     )
 
 
-def _quantize(
-    loaded: LoadedModel,
-    names: DecoderNames,
+def _plan(
+    source: DecoderSource,
     settings: CheckpointSettings,
+    batches: list[dict[str, Tensor]],
     progress: Callable[[str], None],
-    layer_progress: Callable[[int, int], None],
-) -> tuple[CalibratedPlan, list[LayerError]]:
-    """Choose what calibration text decides, then round."""
-    if settings.recipe is None:
-        return CalibratedPlan([], {}), []
-    batches = _calibration(loaded, settings)
-    done = itertools.count(1)
+) -> CalibratedPlan:
+    """Plan the linears, on the whole float model where calibration text has to choose."""
+    recipe = settings.recipe
+    if recipe is None:
+        return CalibratedPlan([], {})
+    model, names = source.loaded.model, source.names
     try:
-        planned = calibrate_plan(
-            loaded.model, names, settings.recipe, batches, settings.overrides, settings.budget
-        )
-        release_free_memory()
-        progress("quantizing")
-        total = len(planned.plans)
-
-        def count(_fqn: str) -> None:
-            release_free_memory()
-            layer_progress(next(done), total)
-
-        errors = quantize_decoder(loaded.model, names, settings.recipe, batches, count, planned)
+        if not needs_whole_model(recipe, settings.budget):
+            return CalibratedPlan(plan_layers(names, recipe, settings.overrides), {})
+        progress("choosing bits, clips and static scales on calibration text")
+        planned = calibrate_plan(model, names, recipe, batches, settings.overrides, settings.budget)
     except ValueError as error:
-        raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
-    return planned, errors
-
-
-def _quantize_cache(
-    loaded: LoadedModel,
-    names: DecoderNames,
-    plan: RotationPlan | None,
-    settings: CheckpointSettings,
-    progress: Callable[[str], None],
-) -> None:
-    """Calibrate the KV cache on the model as it is now."""
-    if settings.kv_bits == FLOAT_KV_BITS:
-        return
-    progress(f"calibrating the KV cache of {settings.kv_bits} bits")
-    rotation = None if plan is None or plan.r3 is None else plan.r3.dense().float()
-    try:
-        quantize_kv_cache(
-            loaded.model, names, settings.kv_bits, rotation, _calibration(loaded, settings)
-        )
-    except ValueError as error:
-        raise ConfigError(f"{loaded.name}: its KV cache cannot be quantized: {error}") from error
+        raise ConfigError(f"{source.loaded.name}: cannot be quantized: {error}") from error
+    release_free_memory()
+    return planned

@@ -22,7 +22,7 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.checkpoint import Checkpoint, weights_bytes, write_weights
+from deploy.checkpoint import Checkpoint, weights_bytes, write_model
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes
@@ -101,7 +101,7 @@ def pack(
             start.config.save_pretrained(written)
             save_tokenizer(loaded, written)
             require_free_space(written, weights_bytes(model))
-            write_weights(written, model)
+            write_model(written, model)
             manifest = write_manifest(
                 written,
                 Manifest(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from deploy.errors import ArtifactError
 from deploy.loading import LoadedModel
 from rolora.decoder import DecoderNames
@@ -10,8 +12,20 @@ from rolora.fuse import fuse_rotations
 from rolora.rotation import RotationPlan
 
 
-def rotate_model(loaded: LoadedModel, names: DecoderNames, plan: RotationPlan) -> None:
+def rotate_model(
+    loaded: LoadedModel,
+    names: DecoderNames,
+    plan: RotationPlan,
+    only: Container[str] | None = None,
+) -> None:
     """Untie the head, fold the norms and fuse a rotation, in place; R4's online half is not set.
+
+    Args:
+        loaded: The model.
+        names: Its parts.
+        plan: The rotation.
+        only: FQNs of the modules to rewrite, whose weights are in memory, in a model whose head is
+            untied already; None is all.
 
     Invariant:
         With the online rotations installed, logits are unchanged up to float32 rounding of the
@@ -21,8 +35,9 @@ def rotate_model(loaded: LoadedModel, names: DecoderNames, plan: RotationPlan) -
         ArtifactError: A weight is not finite.
     """
     try:
-        untie_head(loaded.model, names)
-        fold_norm_gains(loaded.model, names)
-        fuse_rotations(loaded.model, names, plan)
+        if only is None:
+            untie_head(loaded.model, names)
+        fold_norm_gains(loaded.model, names, only)
+        fuse_rotations(loaded.model, names, plan, only)
     except ValueError as error:
         raise ArtifactError(f"{loaded.name}: cannot be rotated: {error}") from error

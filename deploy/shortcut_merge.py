@@ -74,6 +74,19 @@ def merge_stored_adapter(
     return report.to_dict() | chosen.figures
 
 
+def require_method(stored: StoredAdapter, method: MergeMethod | None) -> None:
+    """Refuse a method that cannot merge an adapter; None is open, which always fits.
+
+    Raises:
+        ConfigError: The method does not fit.
+    """
+    if method is not None:
+        try:
+            require_fit(stored.adapter, method)
+        except ValueError as error:
+            raise ConfigError(f"{stored.directory}: {error}, or auto") from error
+
+
 def is_exact(stored: StoredAdapter, method: MergeMethod | None) -> bool:
     """Return whether a merge will be exact, so that nothing has to be observed for it."""
     return method is MergeMethod.EXACT or (method is None and merges_exactly(stored.adapter))
@@ -102,11 +115,7 @@ def choose_merge(
         ValueError: The adapter does not fit the model.
     """
     adapter = stored.adapter
-    if method is not None:
-        try:
-            require_fit(adapter, method)
-        except ValueError as error:
-            raise ConfigError(f"{stored.directory}: {error}, or auto") from error
+    require_method(stored, method)
     if is_exact(stored, method):
         return ChosenMerge(MergeMethod.EXACT, None, {})
     methods = APPROXIMATIONS if method is None else (method,)

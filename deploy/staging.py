@@ -55,7 +55,7 @@ def staged_directory(output: Path, needed_bytes: int | None = None) -> Iterator[
                 _flush_tree(partial)
                 _refuse_existing(output)
                 partial.rename(output)
-                _flush(output.parent)
+                flush(output.parent)
         except Exception as error:
             if _is_disk_full(error):
                 raise ArtifactError(_disk_full_message(output, needed_bytes)) from error
@@ -114,7 +114,7 @@ def _make_partial(output: Path) -> tuple[Path, int]:
                 f"output {output}: cannot make a directory there ({error.strerror})"
             ) from error
         try:
-            lock = _try_lock(partial)
+            lock = try_lock(partial)
         except OSError:  # a file system without locks
             return partial, os.open(partial, os.O_RDONLY)
         if lock is not None:
@@ -122,8 +122,12 @@ def _make_partial(output: Path) -> tuple[Path, int]:
     raise ArtifactError(f"output {output}: other processes hold all of .{output.name}.partial-*")
 
 
-def _try_lock(directory: Path) -> int | None:
-    """Lock a directory, or return None if another process holds it or has removed it."""
+def try_lock(directory: Path) -> int | None:
+    """Lock a directory, or return None if another process holds it or has removed it.
+
+    Raises:
+        OSError: The file system has no locks.
+    """
     descriptor = None
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -142,7 +146,7 @@ def _try_lock(directory: Path) -> int | None:
 def _remove_stale(output: Path) -> None:
     for path in output.parent.glob(f".{_glob_literal(output.name)}.partial-*"):
         try:
-            lock = _try_lock(path)
+            lock = try_lock(path)
         except OSError:  # a file system without locks: whether its writer lives cannot be known
             continue
         if lock is None:
@@ -159,10 +163,11 @@ def _glob_literal(name: str) -> str:
 def _flush_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
         if path.is_file() or path.is_dir():
-            _flush(path)
+            flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,7 @@ Arithmetic is float64 whatever the weights are; the result is cast to the weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,14 @@ from reslora.head import head_parameters, require_head, write_head
 from reslora.merged_factors import Factors, MergeMethod, merged_factors
 from reslora.shortcut_statistics import ShortcutStatistics
 
-__all__ = ["MergeMethod", "MergeReport", "MergedLayer", "delta_weights", "merge_adapter"]
+__all__ = [
+    "MergeMethod",
+    "MergeReport",
+    "MergedLayer",
+    "delta_weights",
+    "matching_weights",
+    "merge_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def merge_adapter(
     adapter: Adapter,
     method: MergeMethod,
     statistics: ShortcutStatistics | None = None,
+    only: Container[str] | None = None,
 ) -> MergeReport:
     """Add an adapter's weight changes to a model that carries no adapter layers.
 
@@ -98,6 +106,8 @@ def merge_adapter(
         adapter: A loaded adapter.
         method: See `merged_factors`.
         statistics: For the methods that need them.
+        only: FQNs of the layers to merge, where the method needs no statistics: the other layers'
+            weights are not looked at. None is all.
 
     Invariant: for `exact`, in float64, the merged model computes what the adapted model computed,
         to rounding; in a lower dtype each weight is the float64 result rounded once.
@@ -106,10 +116,10 @@ def merge_adapter(
         ValueError: A layer is missing, of other shape, shares its weight, or would not be finite;
             model and adapter differ in their classification heads; or as `delta_weights`.
     """
-    weights = _matching_weights(model, adapter)
+    weights = matching_weights(model, adapter, only)
     head = head_parameters(model)
     require_head("merge", adapter.head, head)
-    factors = dict(merged_factors(adapter, method, statistics))
+    factors = dict(merged_factors(adapter, method, statistics, only))
     for fqn, pair in factors.items():
         merged = _merged(weights[fqn], _delta(adapter, pair))
         if not bool(torch.isfinite(merged).all()):
@@ -140,14 +150,22 @@ def _merged(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.detach().double() + delta.to(weight.device)).to(weight.dtype)
 
 
-def _matching_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """Return the weight of every adapted layer, or refuse with the first that does not fit."""
+def matching_weights(
+    model: nn.Module, adapter: Adapter, only: Container[str] | None = None
+) -> dict[str, Tensor]:
+    """Return the weight of every adapted layer (in `only`); weights on the meta device do.
+
+    Raises:
+        ValueError: A layer is missing, of other shape, or shares its weight.
+    """
     modules = dict(model.named_modules())
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     weights: dict[str, Tensor] = {}
     for fqn, shape in adapter.shapes().items():
+        if only is not None and fqn not in only:
+            continue
         module = modules.get(fqn)
         if not isinstance(module, nn.Linear):
             found = "no such module" if module is None else type(module).__name__

@@ -37,7 +37,7 @@ but `drop`. Arithmetic is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from enum import StrEnum
 
 import torch
@@ -98,7 +98,10 @@ def needs_statistics(adapter: Adapter, method: MergeMethod) -> bool:
 
 
 def merged_factors(
-    adapter: Adapter, method: MergeMethod, statistics: ShortcutStatistics | None = None
+    adapter: Adapter,
+    method: MergeMethod,
+    statistics: ShortcutStatistics | None = None,
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, Factors]]:
     """Yield each layer's merged factors, chain by chain in depth order.
 
@@ -107,6 +110,7 @@ def merged_factors(
         method: `exact` for plain LoRA, structure `block` and depth 0; the other methods for `input`
             and `middle`; `drop` for all.
         statistics: Of this very adapter, from `collect_statistics`; for methods that need them.
+        only: FQNs of the layers to yield, for methods without statistics; None is all.
 
     Yields:
         FQN, and A* and B*.
@@ -117,7 +121,11 @@ def merged_factors(
     """
     require_fit(adapter, method)
     if not needs_statistics(adapter, method):
-        return _factors_without_statistics(adapter, method)
+        return _factors_without_statistics(adapter, method, only)
+    if only is not None:
+        raise ValueError(
+            f"merge method {method.value!r} looks at all layers together; merge the whole model"
+        )
     if statistics is None:
         raise ValueError(
             f"merge method {method.value!r} needs statistics of the attached model: collect them "
@@ -137,11 +145,13 @@ def merged_factors(
 
 
 def _factors_without_statistics(
-    adapter: Adapter, method: MergeMethod
+    adapter: Adapter, method: MergeMethod, only: Container[str] | None
 ) -> Iterator[tuple[str, Factors]]:
     reach = adapter.config.reach if method is MergeMethod.EXACT else 0
     for chain in find_chains(adapter.shapes()):
         for position, fqn in enumerate(chain.fqns):
+            if only is not None and fqn not in only:
+                continue
             pairs = [adapter.factors[chain.fqns[k]] for k in chain.window(position, reach)]
             a_cat = torch.cat([a.double() for a, _ in pairs])  # [(m+1) r, in]
             b_cat = torch.cat([b.double() for _, b in pairs], dim=1)  # [out, (m+1) r]

@@ -1,18 +1,45 @@
 """Calibration inputs that walk through a decoder block by block.
 
-Only the hidden states between two blocks are kept. As the blocks behind are quantized already, a
-block sees the inputs that it will see in the quantized model.
+Only the hidden states between two blocks are kept, so that only the block between them needs its
+weights in memory. A stream that moves on when a block is quantized shows the next block the inputs
+that it will see in the quantized model; one that moves on before shows those of the float model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rolora.calibration import RangeObserver
 from rolora.decoder import BlockNames, DecoderNames
+
+
+class KnownRows(nn.Module):
+    """Stands for an embedding of which the rows of some tokens are known.
+
+    Args:
+        tokens: int64 [n], ascending, each once.
+        rows: float32 [n, hidden_size].
+    """
+
+    def __init__(self, tokens: Tensor, rows: Tensor) -> None:
+        super().__init__()
+        self._tokens = tokens
+        self._rows = rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return float32 [..., hidden_size] for known token ids int64 [...]."""
+        return self._rows[torch.searchsorted(self._tokens, ids)]
+
+
+def tokens_in(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Return the ids that occur in batches, int64 [n], ascending, each once."""
+    ids = [batch["input_ids"].flatten() for batch in batches]
+    return torch.unique(torch.cat(ids)) if ids else torch.empty(0, dtype=torch.int64)
 
 
 class _Captured(Exception):
@@ -26,18 +53,25 @@ class BlockStream:
         model: The decoder.
         names: Its parts.
         batches: Keyword arguments of its forward pass.
+        embedding: What takes the embedding's place to begin with; None is the model's own.
     """
 
     def __init__(
-        self, model: nn.Module, names: DecoderNames, batches: Iterable[Mapping[str, Tensor]]
+        self,
+        model: nn.Module,
+        names: DecoderNames,
+        batches: Iterable[Mapping[str, Tensor]],
+        embedding: nn.Module | None = None,
     ) -> None:
         self._model = model
-        self._states: list[Tensor] = []
+        self.states: list[Tensor] = []
+        """float32 [batch, tokens, hidden_size] each."""
         self._options: list[dict[str, Any]] = []
         first = model.get_submodule(block_fqn(names.blocks[0]))
         handle = first.register_forward_pre_hook(self._capture, with_kwargs=True)
+        own = model.get_submodule(names.embedding)
         try:
-            with torch.inference_mode():
+            with _in_place_of(model, names.embedding, embedding or own), torch.inference_mode():
                 for batch in batches:
                     try:
                         model(**batch)
@@ -49,7 +83,7 @@ class BlockStream:
     def _capture(
         self, _module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        self._states.append(inputs[0])
+        self.states.append(inputs[0])
         self._options.append(options | {"past_key_values": None, "use_cache": False})
         raise _Captured
 
@@ -79,16 +113,38 @@ class BlockStream:
             )
         return moments[0]
 
-    def advance(self, block: BlockNames) -> None:
-        """Move the states behind the current block."""
-        self._states = self._run(block)
+    def advance(
+        self, block: BlockNames, observers: Mapping[str, RangeObserver] | None = None
+    ) -> None:
+        """Move the states behind the current block.
+
+        Args:
+            block: The current one.
+            observers: By FQN of a linear in it, what observes the linear's input on the way.
+
+        Raises:
+            ValueError: An observed input is NaN or infinite; the message names the linear.
+        """
+        handles = [
+            self._model.get_submodule(fqn).register_forward_pre_hook(
+                lambda _module, inputs, fqn=fqn, observer=observer: observer.update_from(
+                    fqn, inputs[0]
+                )
+            )
+            for fqn, observer in (observers or {}).items()
+        ]
+        try:
+            self.states = self._run(block)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _run(self, block: BlockNames) -> list[Tensor]:
         module = self._model.get_submodule(block_fqn(block))
         with torch.inference_mode():
             outputs = [
                 module(state, **options)
-                for state, options in zip(self._states, self._options, strict=True)
+                for state, options in zip(self.states, self._options, strict=True)
             ]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
@@ -96,3 +152,13 @@ class BlockStream:
 def block_fqn(block: BlockNames) -> str:
     """Return the FQN of the module that holds a block's norms, attention and MLP."""
     return block.attention_norm.rpartition(".")[0]
+
+
+@contextmanager
+def _in_place_of(model: nn.Module, fqn: str, module: nn.Module) -> Iterator[None]:
+    own = model.get_submodule(fqn)
+    model.set_submodule(fqn, module)
+    try:
+        yield
+    finally:
+        model.set_submodule(fqn, own)

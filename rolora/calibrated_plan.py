@@ -19,7 +19,7 @@ from rolora.decoder import DecoderNames
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.mixed_precision import Budget, mix_precision
 from rolora.overrides import Override
-from rolora.scheme import ActivationSpec, Granularity, QuantizationRecipe
+from rolora.scheme import AUTO, ActivationSpec, Granularity, QuantizationRecipe
 from rolora.sensitivity import Sensitivity
 
 
@@ -29,7 +29,8 @@ class CalibratedPlan:
 
     plans: list[LayerPlan]
     observers: Mapping[str, RangeObserver]
-    """Ranges of the inputs that may have a static scale, by the FQN that stands for them."""
+    """Ranges of the inputs that may have a static scale, by the FQN that stands for them; those
+    that are not here are observed when their block's turn comes."""
     raised: list[Override] = field(default_factory=list)
     """What the budget of bits was spent on."""
     sensitivities: list[Sensitivity] = field(default_factory=list)
@@ -59,6 +60,14 @@ class CalibratedPlan:
 def _label(spec: ActivationSpec) -> str:
     static = spec.granularity is Granularity.TENSOR
     return "static" if static else f"clip {spec.clip_ratio:g}"
+
+
+def needs_whole_model(recipe: QuantizationRecipe, budget: Budget | None = None) -> bool:
+    """Return whether a plan is chosen on the running float model, and not known from the recipe.
+
+    Static ranges alone can be observed block by block, so they do not need it.
+    """
+    return budget is not None or AUTO in (recipe.activation_clip, recipe.static_after_norm)
 
 
 def calibrate_plan(

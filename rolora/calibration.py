@@ -51,6 +51,13 @@ class RangeObserver:
             return
         self.counts += torch.histc(magnitude, bins=_BINS, min=0.0, max=self.limit).double()
 
+    def update_from(self, fqn: str, x: Tensor) -> None:
+        """Do as `update`; the message of an error names the module whose input it is."""
+        try:
+            self.update(x)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from error
+
     def _double(self, largest: float) -> None:
         """Double the range by pairing bins (or set it, the first time)."""
         if self.limit == 0.0:
@@ -102,16 +109,9 @@ def observe_inputs(
         ValueError: An input is NaN or infinite; the message names the module.
     """
     observers = {fqn: RangeObserver() for fqn in fqns}
-
-    def observe(fqn: str, x: Tensor) -> None:
-        try:
-            observers[fqn].update(x)
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from error
-
     handles = [
         model.get_submodule(fqn).register_forward_pre_hook(
-            lambda _module, inputs, fqn=fqn: observe(fqn, inputs[0])
+            lambda _module, inputs, fqn=fqn: observers[fqn].update_from(fqn, inputs[0])
         )
         for fqn in observers
     ]

@@ -14,16 +14,17 @@ changes an RMSNorm model's: it is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rolora.decoder import DecoderNames
+from rolora.rtn import rows_at_a_time
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Elements in float64 at a time (32 MiB): what rewriting a weight costs beyond itself."""
+_CHUNK_STEPS = 4
+"""Steps of 2^20 elements in float64 at a time (32 MiB): what rewriting a weight costs beyond it."""
 
 
 def untie_head(model: PreTrainedModel, names: DecoderNames) -> bool:
@@ -48,10 +49,17 @@ def untie_head(model: PreTrainedModel, names: DecoderNames) -> bool:
     return tied
 
 
-def fold_norm_gains(model: PreTrainedModel, names: DecoderNames) -> None:
+def fold_norm_gains(
+    model: PreTrainedModel, names: DecoderNames, only: Container[str] | None = None
+) -> None:
     """Move the gain of every norm that a linear reads into that linear, and set the gain to 1.
 
     Norms of query and key heads (Qwen3) stay: no rotation passes through them.
+
+    Args:
+        model: Changed in place.
+        names: Its parts.
+        only: FQNs of the linears to fold into, all readers of a norm together; None is all.
 
     Raises:
         ValueError: The head is tied; a norm has a bias (it is no RMSNorm); shapes disagree; or a
@@ -60,10 +68,10 @@ def fold_norm_gains(model: PreTrainedModel, names: DecoderNames) -> None:
     Invariant:
         Logits are unchanged up to rounding of W diag(g), from float64 to the weight's dtype.
     """
-    pairs = list(_norms_and_readers(names))
-    if model.get_parameter(f"{names.head}.weight") is model.get_parameter(
-        f"{names.embedding}.weight"
-    ):
+    pairs = list(norms_and_readers(names, only))
+    readers = {reader for _, reader in pairs}
+    head, embedding = (model.get_submodule(fqn) for fqn in (names.head, names.embedding))
+    if names.head in readers and head.weight is embedding.weight:
         raise ValueError(
             f"{names.head}: expected a matrix of its own, got one tied to {names.embedding}; "
             f"call untie_head first"
@@ -92,23 +100,38 @@ def fold_norm_gains(model: PreTrainedModel, names: DecoderNames) -> None:
 
 def norm_gains(model: PreTrainedModel, names: DecoderNames) -> dict[str, tuple[str, Tensor]]:
     """Return for each linear that reads a norm the norm's FQN and gain, float64 [hidden_size]."""
-    return {fqn: (norm, _gain(model, norm)) for norm, fqn in _norms_and_readers(names)}
+    return {fqn: (norm, _gain(model, norm)) for norm, fqn in norms_and_readers(names)}
 
 
 def row_chunks(weight: Tensor) -> Iterator[slice]:
     """Yield slices of rows of a matrix [rows, columns], small enough to compute with in float64."""
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    step = chunk_rows(weight.shape[1])
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)
 
 
-def _norms_and_readers(names: DecoderNames) -> Iterator[tuple[str, str]]:
+def chunk_rows(columns: int) -> int:
+    """Return how many rows of so many columns `row_chunks` puts into a slice.
+
+    A multiple of the rows that rounding takes at a time: a matrix that comes in such slices gives
+    the same integers and error sums as one that comes whole.
+    """
+    return _CHUNK_STEPS * rows_at_a_time(columns)
+
+
+def norms_and_readers(
+    names: DecoderNames, only: Container[str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the FQNs of each norm and of a linear that reads it; `only` keeps some linears."""
     for block in names.blocks:
         for fqn in (block.query, block.key, block.value):
-            yield block.attention_norm, fqn
+            if only is None or fqn in only:
+                yield block.attention_norm, fqn
         for fqn in (block.gate, block.up):
-            yield block.mlp_norm, fqn
-    yield names.final_norm, names.head
+            if only is None or fqn in only:
+                yield block.mlp_norm, fqn
+    if only is None or names.head in only:
+        yield names.final_norm, names.head
 
 
 def _gain(model: PreTrainedModel, norm_fqn: str) -> Tensor:

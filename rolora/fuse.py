@@ -20,20 +20,23 @@ twice), and the embedding is not centred.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rolora.decoder import DecoderNames
-from rolora.fold import row_chunks
+from rolora.fold import norms_and_readers, row_chunks
 from rolora.kronecker import Rotation
 from rolora.rotation import Application, RotationName, RotationPlan, Side, applications
 
 
 def fuse_rotations(
-    model: PreTrainedModel, names: DecoderNames, plan: RotationPlan
+    model: PreTrainedModel,
+    names: DecoderNames,
+    plan: RotationPlan,
+    only: Container[str] | None = None,
 ) -> dict[RotationName, int]:
     """Rotate a model's weights in place, as `applications(plan, names)` lists.
 
@@ -43,6 +46,7 @@ def fuse_rotations(
         model: Norm gains folded and head untied, if the plan has R1.
         names: Its parts.
         plan: Drawn for these sizes.
+        only: FQNs of the modules to rotate, the others are not looked at; None is all.
 
     Returns:
         For each rotation, into how many modules it was fused.
@@ -57,13 +61,17 @@ def fuse_rotations(
         and rounded once to its dtype. Memory on top of the model is a few float64 copies of one
         linear; the embedding and the head are done in chunks of rows.
     """
-    table = [entry for entry in applications(plan, names) if not entry.online]
+    table = [
+        entry
+        for entry in applications(plan, names)
+        if not entry.online and (only is None or entry.fqn in only)
+    ]
     by_module: dict[str, list[Application]] = {}
     for entry in table:
         by_module.setdefault(entry.fqn, []).append(entry)
     with torch.no_grad():
         if RotationName.R1 in plan.names:
-            _check_gains_folded(model, names)
+            _check_gains_folded(model, names, only)
         _check_unshared(model, by_module)
         for entry in table:
             _check_divides(_rotatable(model, entry.fqn), entry, plan)
@@ -215,9 +223,10 @@ def _bias(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def _check_gains_folded(model: PreTrainedModel, names: DecoderNames) -> None:
-    norms = [fqn for block in names.blocks for fqn in (block.attention_norm, block.mlp_norm)]
-    for fqn in (*norms, names.final_norm):
+def _check_gains_folded(
+    model: PreTrainedModel, names: DecoderNames, only: Container[str] | None
+) -> None:
+    for fqn in dict(norms_and_readers(names, only)):
         gain = model.get_parameter(f"{fqn}.weight")
         if not bool((gain == 1).all()):
             raise ValueError(f"{fqn}: expected a gain of 1, got others; call fold_norm_gains first")

@@ -8,15 +8,16 @@ read, which gives the same numbers with a cache as without, and saves no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rolora.block_stream import BlockStream
+from rolora.block_stream import BlockStream, KnownRows, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_cache import CacheCodec, CacheRecorder
 
@@ -24,6 +25,8 @@ ATTENTION_NAME = "rolora_sdpa"
 """Under which transformers knows our attention function."""
 CODEC_NAME = "kv_cache"
 """Attribute of an attention module that holds its codec."""
+_STATES = "cache"
+"""Name of the hidden states that walk through the model."""
 
 
 def attention_fqn(block: BlockNames) -> str:
@@ -64,6 +67,94 @@ def use_codecs(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION_NAME)
 
 
+class CacheWalk:
+    """Calibrates the cache block by block, and installs the codecs.
+
+    Keys and values of one block at a time are kept, and only its weights need be in memory. The
+    blocks behind see those in front as they are, with quantized linears but a float cache.
+
+    Args:
+        model: A float or quantized decoder that attends by `sdpa`, online rotations installed.
+        names: Its parts.
+        bits: 4 or 8.
+        rotation: R3, float32 [head_dim, head_dim], or None.
+        batches: Forward-pass batches.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: DecoderNames,
+        bits: int,
+        rotation: Tensor | None,
+        batches: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        self._model = model
+        self._names = names
+        self._bits = bits
+        self._rotation = rotation
+        self._batches = batches
+        self._stream: BlockStream | None = None
+
+    def begin(self, embedding: nn.Module | None = None) -> None:
+        """Put the hidden states in front of the first block.
+
+        Args:
+            embedding: What takes the embedding's place; None is the model's own, now in memory.
+
+        Raises:
+            ValueError: The model attends by something else than `sdpa`.
+        """
+        use_codecs(self._model)
+        self._stream = BlockStream(self._model, self._names, self._batches, embedding)
+
+    def calibrate(self, block: BlockNames) -> None:
+        """Install the codec of the next block, whose linears are as they will stay.
+
+        Raises:
+            ValueError: The calibration is empty, or a key or value is not finite; the message names
+                the module.
+        """
+        assert self._stream is not None, "begin or restore comes first"
+        fqn = attention_fqn(block)
+        attention, recorder = self._model.get_submodule(fqn), CacheRecorder(self._rotation)
+        attention.add_module(CODEC_NAME, recorder)
+        try:
+            self._stream.advance(block)
+            codec = recorder.codec(self._bits)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from error
+        finally:
+            delattr(attention, CODEC_NAME)
+        attention.add_module(CODEC_NAME, codec)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the hidden states in front of the next block."""
+        states = [] if self._stream is None else self._stream.states
+        return {f"{_STATES}.{i}": state for i, state in enumerate(states)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, with the same model, bits and batches.
+
+        Args:
+            state: It, among other tensors by other names.
+
+        Raises:
+            ValueError: The states are those of another calibration.
+        """
+        tokens = tokens_in(self._batches)
+        self.begin(KnownRows(tokens, torch.zeros(len(tokens), self._names.hidden_size)))
+        expected = {key: tuple(value.shape) for key, value in self.state().items()}
+        own = {key: value for key, value in state.items() if key.startswith(f"{_STATES}.")}
+        if {key: tuple(value.shape) for key, value in own.items()} != expected:
+            raise ValueError(
+                f"hidden states: expected those of {len(self._batches)} calibration batches, got "
+                f"others"
+            )
+        assert self._stream is not None
+        self._stream.states = [own[key] for key in expected]
+
+
 def quantize_kv_cache(
     model: PreTrainedModel,
     names: DecoderNames,
@@ -72,13 +163,10 @@ def quantize_kv_cache(
     calibration: Iterable[Mapping[str, Tensor]],
     progress: Callable[[str], None] = lambda fqn: None,
 ) -> None:
-    """Calibrate the cache block by block, and install the codecs.
-
-    Keys and values of one block at a time are kept. The blocks behind are quantized as the model
-    is, but their caches are not.
+    """Calibrate the cache of a model in memory, and install the codecs.
 
     Args:
-        model: A float or quantized decoder that attends by `sdpa`, online rotations installed.
+        model: See `CacheWalk`.
         names: Its parts.
         bits: 4 or 8.
         rotation: R3, float32 [head_dim, head_dim], or None.
@@ -89,22 +177,11 @@ def quantize_kv_cache(
         ValueError: The calibration is empty, or a key or value is not finite; the message names the
             module.
     """
-    use_codecs(model)
-    stream = BlockStream(model, names, calibration)
-    codecs = []
+    walk = CacheWalk(model, names, bits, rotation, list(calibration))
+    walk.begin()
     for block in names.blocks:
-        fqn = attention_fqn(block)
-        attention, recorder = model.get_submodule(fqn), CacheRecorder(rotation)
-        attention.add_module(CODEC_NAME, recorder)
-        try:
-            stream.advance(block)
-            codecs.append(recorder.codec(bits))
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from error
-        finally:
-            delattr(attention, CODEC_NAME)
-        progress(fqn)
-    install_codecs(model, names, codecs)
+        walk.calibrate(block)
+        progress(attention_fqn(block))
 
 
 def _attend(

@@ -55,6 +55,23 @@ def _native_product_is_exact() -> bool:
     return torch.equal(product, 64 * extremes.int() * extremes.int().t())
 
 
+def dequantized_weight(q: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
+    """Return the weight that integers stand for.
+
+    Args:
+        q: int8 [out, in].
+        scale: float32 [out] or [out, groups].
+        spec: How the weight is stored.
+
+    Returns:
+        float32 [out, in].
+    """
+    if spec.group_size is None:
+        return dequantize(q, scale[:, None])
+    grouped = q.reshape(q.shape[0], -1, spec.group_size)
+    return dequantize(grouped, scale[:, :, None]).reshape(q.shape)
+
+
 class QuantizedLinear(nn.Module):
     """A linear with integer weights whose input is quantized before the product.
 
@@ -150,10 +167,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """Return the weight that the integers stand for, float32 [out, in]."""
-        if self.weight_spec.group_size is None:
-            return dequantize(self.weight, self.weight_scale[:, None])
-        grouped = self.weight.reshape(self.out_features, -1, self.weight_spec.group_size)
-        return dequantize(grouped, self.weight_scale[:, :, None]).reshape(self.weight.shape)
+        return dequantized_weight(self.weight, self.weight_scale, self.weight_spec)
 
     def extra_repr(self) -> str:
         """Describe bits and granularity."""

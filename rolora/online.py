@@ -111,8 +111,12 @@ class _RotateInput:
 
 
 def _match_module(rotation: Rotation, module: nn.Module) -> OnlineRotation:
-    """Build the rotation on the module's device, in float64 only if the module computes in it."""
+    """Build the rotation on the module's device, in float64 only if the module computes in it.
+
+    A module without memory yet ("meta") gets a rotation on the CPU, where its weights will be.
+    """
     tensors = [*module.parameters(), *module.buffers()]
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
+    device = torch.device("cpu") if device.type == "meta" else device
     return OnlineRotation(rotation, torch.float64 if double else torch.float32, device)

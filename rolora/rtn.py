@@ -58,7 +58,7 @@ def quantize_weight(
     quantized = torch.empty(rows * columns // width, width, dtype=torch.int8)
     scales = torch.empty(rows * columns // width, 1)
     flat = weight.reshape(-1, width)
-    step = max(1, _CHUNK_ELEMENTS // width)
+    step = rows_at_a_time(width)
     for start in range(0, flat.shape[0], step):
         chunk = flat[start : start + step].float()
         if not torch.isfinite(chunk).all():
@@ -68,6 +68,11 @@ def quantize_weight(
         scales[start : start + step] = scale
     scale_shape = (rows,) if spec.group_size is None else (rows, columns // width)
     return quantized.reshape(rows, columns), scales.reshape(scale_shape)
+
+
+def rows_at_a_time(columns: int) -> int:
+    """Return how many rows of so many columns are rounded at a time."""
+    return max(1, _CHUNK_ELEMENTS // columns)
 
 
 def _round_rows(rows: Tensor, bits: int, ratios: list[float]) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,9 @@ import torch
 from deploy.bench import BenchRun, BenchSettings, measure_run
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
 from deploy.export import Target, export_onnx
-from deploy.loading import DEMO_MODEL, load_model, save_tokenizer
+from deploy.loading import load_model, save_tokenizer
 from deploy.merge_rotate_quantize import merge_rotate_quantize
+from deploy.model_location import DEMO_MODEL
 from deploy.session import OnnxDecoder
 from reslora.merge import MergeMethod
 

@@ -43,8 +43,8 @@ from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.finetune_tasks import TrainingTask
 from deploy.language_model import TorchLanguageModel
 from deploy.live_adapter import attach_stored
-from deploy.loading import DEMO_ENCODER, DEMO_MODEL
 from deploy.merge_sources import ClassifierSource, DecoderSource, MergeSource
+from deploy.model_location import DEMO_ENCODER, DEMO_MODEL
 from deploy.shortcut_merge import APPROXIMATIONS, choose_merge
 from reslora.attach import detach_adapters
 from reslora.config import AdapterConfig, Structure

@@ -11,7 +11,7 @@ from rolora.activation import rounded_activation
 from rolora.activation_choice import CLIP_RATIOS, STATIC_TOLERANCE, InputStudy
 from rolora.calibrated_plan import calibrate_plan
 from rolora.overrides import Override
-from rolora.quantize import quantize_decoder
+from rolora.quantization_walk import quantize_decoder
 from rolora.scheme import ActivationSpec, Granularity, QuantizationRecipe, Scheme
 
 MakeDecoder = Callable[..., Any]

@@ -67,7 +67,7 @@ def test_states_and_moments_are_those_of_the_full_forward(
     seen = full_forward_inputs(model, wanted)
     stream = BlockStream(model, names, BATCHES)
     for fqn, block in zip(blocks, names.blocks, strict=True):
-        for got, expected in zip(stream._states, seen[fqn], strict=True):
+        for got, expected in zip(stream.states, seen[fqn], strict=True):
             assert torch.equal(got, expected)
         for linear in linears(block):
             assert_moments(stream.hessian(block, linear), seen[linear])

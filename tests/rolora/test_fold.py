@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rolora import fold
+from rolora import fold, rtn
 from rolora.fold import fold_norm_gains, untie_head
 
 MakeDecoder = Callable[..., Any]
@@ -76,7 +76,7 @@ def test_folding_in_chunks_of_rows_is_the_same(
 ) -> None:
     whole, chunked = make_decoder("qwen2"), make_decoder("qwen2")
     fold_norm_gains(whole.model, whole.names)
-    monkeypatch.setattr(fold, "_CHUNK_ELEMENTS", 100)  # two rows of 36
+    monkeypatch.setattr(rtn, "_CHUNK_ELEMENTS", 36)  # four rows of 36
     fold_norm_gains(chunked.model, chunked.names)
     for key, tensor in whole.weights().items():
         assert torch.equal(chunked.weights()[key], tensor), key

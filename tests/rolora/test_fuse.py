@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rolora import fold
+from rolora import rtn
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.fuse import (
@@ -232,7 +232,7 @@ def test_chunks_of_rows_give_the_same(
         prepare(one)
     plan = draw_plan(whole, kind)
     fuse_rotations(whole.model, whole.names, plan)
-    monkeypatch.setattr(fold, "_CHUNK_ELEMENTS", 100)  # two rows of 36
+    monkeypatch.setattr(rtn, "_CHUNK_ELEMENTS", 36)  # four rows of 36
     fuse_rotations(chunked.model, chunked.names, plan)
     for key, tensor in whole.weights().items():
         bound = 8 * 80 * EPS * float(tensor.abs().max())  # another order of sums of at most 80

@@ -1,0 +1,77 @@
+"""Where the files of a model lie: what a user may write as --model, turned into a path."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from deploy.errors import ConfigError
+from deploy.gguf_files import find_demo_file
+from deploy.weight_files import find_demo_encoder
+
+DEMO_MODEL = "smollm2-135m"
+DEMO_ENCODER = "minilm-l6"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+HUB_IGNORED = ("consolidated*", "*/*")
+LOCAL_OPTIONS = f"a model directory, a .gguf file or {DEMO_MODEL}"
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """Where the files of a model lie."""
+
+    path: Path
+    """A directory or a `.gguf` file."""
+    name: str
+    is_gguf: bool = False
+
+
+def locate_model(reference: str | Path) -> LocatedModel:
+    """Find the files of a model, which for a hub id are downloaded; none is opened.
+
+    Args:
+        reference: See `load_model`.
+
+    Raises:
+        ConfigError: nothing is there, or the hub cannot be reached.
+    """
+    text = str(reference)
+    path = Path(text).expanduser()
+    if text == DEMO_MODEL:
+        return LocatedModel(find_demo_file(), text, is_gguf=True)
+    if text == DEMO_ENCODER:
+        return LocatedModel(find_demo_encoder(), text)
+    if path.is_dir():
+        return LocatedModel(path, path.resolve().name)
+    if path.is_file() and path.suffix == ".gguf":
+        return LocatedModel(path, path.stem, is_gguf=True)
+    if path.exists():
+        raise ConfigError(f"model {text}: expected {LOCAL_OPTIONS}, got another kind of file")
+    if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
+        return LocatedModel(download_model(text), text)
+    raise ConfigError(f"model {text}: no such file or directory; give {LOCAL_OPTIONS}, or a hub id")
+
+
+def download_model(reference: str) -> Path:
+    """Fetch a model's files from the hub, pickles and code left out, and return where they lie.
+
+    Raises:
+        ConfigError: the hub has no such model or cannot be reached.
+    """
+    try:
+        return Path(
+            snapshot_download(
+                reference, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {reference}: no local file or directory has this name, and the hub did not "
+            f"give it ({reason}); give {LOCAL_OPTIONS}, or a hub id that can be reached"
+        ) from error

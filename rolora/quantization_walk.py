@@ -1,0 +1,278 @@
+"""Walk through a decoder and quantize it part by part, with little more than a part in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rolora.block_stream import BlockStream, KnownRows, tokens_in
+from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
+from rolora.calibration import RangeObserver
+from rolora.decoder import BlockNames, DecoderNames
+from rolora.fold import row_chunks
+from rolora.layer_plan import LayerPlan, plan_layers
+from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.quantize import (
+    LayerError,
+    float_linear,
+    quantize_linear,
+    relative_error,
+    replace_module,
+    squared_norms,
+    static_scale,
+)
+from rolora.rtn import quantize_weight
+from rolora.scheme import (
+    FLOAT_BITS,
+    UNQUANTIZED_BITS,
+    Granularity,
+    QuantizationRecipe,
+    WeightMethod,
+    WeightSpec,
+)
+
+FLOAT, QUANTIZED = "float", "quantized"
+"""Names of the two hidden states that walk through the model."""
+
+
+class QuantizationWalk:
+    """Quantizes a decoder part by part: the embedding, each block in depth order, the head.
+
+    Only the part at hand needs its weights in memory; the others may lie on the meta device. What
+    goes from one part to the next are hidden states of the calibration text, which `state` gives
+    out and `restore` takes back:
+
+    - of the float model, whose ranges become the static scales that are not known yet (no forward
+      pass of the whole model is needed, and the scales are those that one would give);
+    - of the quantized model, for GPTQ.
+
+    Args:
+        model: A float32 decoder with an untied head; norms may or may not be folded. Online
+            rotations are pre-hooks on the linears and stay in force.
+        names: Its parts.
+        recipe: Bit widths and granularities.
+        batches: Forward-pass batches with `input_ids`; used if an input is quantized per tensor,
+            and by GPTQ.
+        progress: Called with the FQN of each finished linear.
+        planned: How each linear is quantized, and the ranges that are known; default is the recipe
+            alone, which then must leave nothing to choose (`needs_whole_model`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: DecoderNames,
+        recipe: QuantizationRecipe,
+        batches: Sequence[Mapping[str, Tensor]],
+        progress: Callable[[str], None] = lambda fqn: None,
+        planned: CalibratedPlan | None = None,
+    ) -> None:
+        self._model = model
+        self._names = names
+        self._recipe = recipe
+        self._batches = batches
+        self._progress = progress
+        planned = planned or CalibratedPlan(plan_layers(names, recipe), {})
+        self._plans = {plan.fqn: plan for plan in planned.plans}
+        self._known = planned.observers
+        self._static = {
+            plan.observed
+            for plan in self._plans.values()
+            if plan.activation.granularity is Granularity.TENSOR
+            and plan.observed not in self._known
+        }
+        self._streams: dict[str, BlockStream] = {}
+
+    def quantizes(self, fqn: str) -> bool:
+        """Return whether the embedding or a linear becomes integers."""
+        if fqn == self._names.embedding:
+            return self._recipe.embedding_bits != FLOAT_BITS
+        return fqn in self._plans and self._plans[fqn].weight.bits != UNQUANTIZED_BITS
+
+    def quantize_embedding(self, rows: Iterable[Tensor]) -> None:
+        """Quantize the embedding, and put the states in front of the first block.
+
+        Args:
+            rows: Its rows in order, float32 [n, hidden_size] at a time (`chunk_rows`).
+
+        Raises:
+            ValueError: A row is not finite; the message names the embedding.
+        """
+        fqn, bits = self._names.embedding, self._recipe.embedding_bits
+        integers = self.quantizes(fqn)
+        tokens = tokens_in(self._batches)
+        known: list[Tensor] = []
+        start = 0
+        parts: list[tuple[Tensor, Tensor]] = []
+        for chunk in rows:
+            inside = tokens[(tokens >= start) & (tokens < start + len(chunk))]
+            known.append(chunk[inside - start])
+            start += len(chunk)
+            if integers:
+                parts.append(self._round(fqn, chunk, WeightSpec(bits)))
+        float_rows = seen_rows = torch.cat(known)
+        if integers:
+            table = QuantizedEmbedding(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            replace_module(self._model, fqn, table)
+            seen_rows = table(tokens)
+        self._open_streams(tokens, float_rows, seen_rows)
+
+    def quantize_block(self, block: BlockNames) -> list[LayerError]:
+        """Quantize the linears of a block, and move the states behind it.
+
+        Raises:
+            ValueError: See `quantize_decoder`.
+        """
+        observers = {fqn: RangeObserver() for fqn in block.linears() if fqn in self._static}
+        if FLOAT in self._streams:
+            self._streams[FLOAT].advance(block, observers)
+        known = {**self._known, **observers}
+        stream = self._streams.get(QUANTIZED)
+        errors: list[LayerError] = []
+        for readers in block.shared_inputs():
+            plans = [self._plans[fqn] for fqn in readers if fqn in self._plans]
+            hessian = stream.hessian(block, readers[0]) if stream and plans else None
+            for plan in plans:
+                errors.append(quantize_linear(self._model, plan, self._recipe, hessian, known))
+                self._progress(plan.fqn)
+        if stream is not None:
+            stream.advance(block)
+        return errors
+
+    def quantize_head(self, rows: Iterable[Tensor]) -> list[LayerError]:
+        """Quantize the head, if the recipe does.
+
+        Args:
+            rows: Its rows in order, float32 [n, hidden_size] at a time (`chunk_rows`); the final
+                norm must be in memory when the first is taken. Not touched if they stay float.
+
+        Raises:
+            ValueError: See `quantize_decoder`.
+        """
+        fqn = self._names.head
+        plan = self._plans.get(fqn)
+        if plan is None:
+            return []
+        if not self.quantizes(fqn):
+            known = self._head_observers(plan)
+            kept = quantize_linear(self._model, plan, self._recipe, None, known)
+            self._progress(fqn)
+            return [kept]
+        linear = float_linear(self._model, fqn)
+        parts: list[tuple[Tensor, Tensor]] = []
+        squares: list[tuple[float, float]] = []
+        for chunk in rows:
+            q, scale = self._round(fqn, chunk, plan.weight)
+            squares += squared_norms(chunk, q, scale, plan.weight)
+            parts.append((q, scale))
+        q, scale = (torch.cat(each) for each in zip(*parts, strict=True))
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        static = plan.activation.granularity is Granularity.TENSOR
+        input_scale = static_scale(plan, self._head_observers(plan)) if static else None
+        quantized = QuantizedLinear(q, scale, bias, plan.weight, plan.activation, input_scale)
+        replace_module(self._model, fqn, quantized)
+        self._progress(fqn)
+        return [LayerError(fqn, relative_error(squares))]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the hidden states between the last finished part and the next."""
+        return {
+            f"{name}.{i}": state
+            for name, stream in self._streams.items()
+            for i, state in enumerate(stream.states)
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, with the same model, recipe and batches.
+
+        Args:
+            state: It, among other tensors by other names.
+
+        Raises:
+            ValueError: The states are those of another calibration.
+        """
+        tokens = tokens_in(self._batches)
+        nothing = torch.zeros(len(tokens), self._names.hidden_size)
+        self._open_streams(tokens, nothing, nothing)
+        expected = {key: tuple(value.shape) for key, value in self.state().items()}
+        found = {
+            key: tuple(value.shape)
+            for key, value in state.items()
+            if key.startswith((f"{FLOAT}.", f"{QUANTIZED}."))
+        }
+        if found != expected:
+            raise ValueError(
+                f"hidden states: expected those of {len(self._batches)} calibration batches, got "
+                f"others"
+            )
+        for name, stream in self._streams.items():
+            stream.states = [state[f"{name}.{i}"] for i in range(len(stream.states))]
+
+    def _open_streams(self, tokens: Tensor, float_rows: Tensor, seen_rows: Tensor) -> None:
+        if self._static:
+            self._streams[FLOAT] = self._stream(tokens, float_rows)
+        if self._recipe.weights is WeightMethod.GPTQ:
+            self._streams[QUANTIZED] = self._stream(tokens, seen_rows)
+
+    def _stream(self, tokens: Tensor, rows: Tensor) -> BlockStream:
+        return BlockStream(self._model, self._names, self._batches, KnownRows(tokens, rows))
+
+    def _round(self, fqn: str, rows: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
+        try:
+            return quantize_weight(rows.detach(), spec, clip_search=self._recipe.clip_search)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from error
+
+    def _head_observers(self, plan: LayerPlan) -> Mapping[str, RangeObserver]:
+        """Return what knows the head's input: with ranges of the float model's final norm."""
+        if plan.observed not in self._static:
+            return self._known
+        norm = self._model.get_submodule(self._names.final_norm)
+        observer = RangeObserver()
+        with torch.inference_mode():
+            for state in self._streams[FLOAT].states:
+                observer.update_from(plan.fqn, norm(state))
+        return {plan.observed: observer}
+
+
+def quantize_decoder(
+    model: nn.Module,
+    names: DecoderNames,
+    recipe: QuantizationRecipe,
+    calibration: Iterable[Mapping[str, Tensor]],
+    progress: Callable[[str], None] = lambda fqn: None,
+    planned: CalibratedPlan | None = None,
+) -> list[LayerError]:
+    """Replace the linears, the embedding and the head by integer modules.
+
+    Args:
+        model: See `QuantizationWalk`; all of it is in memory.
+        names: Its parts.
+        recipe: Bit widths and granularities.
+        calibration: Forward-pass batches; used if an input is quantized per tensor, and by GPTQ.
+        progress: Called with the FQN of each finished linear.
+        planned: How each linear is quantized; default is `calibrate_plan` of the recipe alone.
+
+    Returns:
+        The rounding error of each layer.
+
+    Raises:
+        ValueError: A weight is not finite, a group size does not fit (the message names the layer),
+            or the calibration is empty although the recipe needs it.
+    """
+    batches = list(calibration)
+    if planned is None and needs_whole_model(recipe):
+        planned = calibrate_plan(model, names, recipe, batches)
+    walk = QuantizationWalk(model, names, recipe, batches, progress, planned)
+    walk.quantize_embedding(rows_in_memory(model, names.embedding))
+    errors = [error for block in names.blocks for error in walk.quantize_block(block)]
+    return errors + walk.quantize_head(rows_in_memory(model, names.head))
+
+
+def rows_in_memory(model: nn.Module, fqn: str) -> Iterator[Tensor]:
+    """Yield the rows of a float embedding or linear, a chunk at a time."""
+    weight = model.get_parameter(f"{fqn}.weight").detach()
+    for rows in row_chunks(weight):
+        yield weight[rows]
