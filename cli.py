@@ -570,6 +570,14 @@ def merge_rotate_quantize_command(
     head_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
     calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on behind the parts that an interrupted run finished in OUTPUT.quantizing, or "
+            "remove them and begin anew.",
+        ),
+    ] = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -629,6 +637,7 @@ def merge_rotate_quantize_command(
             output,
             lambda step: bar.update(task, description=step),
             lambda done, total: bar.update(task, completed=done, total=total),
+            resume=resume,
         )
     result = report.to_dict()
     _finish(
@@ -639,6 +648,11 @@ def merge_rotate_quantize_command(
             ("scheme", str(result["scheme"])),
             *merge_rows(result["merge"] or {}),
             ("quantized layers", str(result["quantized_layers"])),
+            *(
+                [("seconds per block", f"{sum(seconds) / len(seconds):.1f}")]
+                if (seconds := report.seconds_per_block)
+                else []
+            ),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
         ],

@@ -12,7 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 from deploy.architecture import decoder_names
 from deploy.artifact import MANIFEST_NAME
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint, formats_to_details, weights_bytes
+from deploy.checkpoint import (
+    WEIGHTS_NAME,
+    Checkpoint,
+    formats_to_details,
+    weights_bytes,
+    write_model,
+    write_weights,
+)
 from deploy.checkpoint_settings import choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model
@@ -176,8 +183,25 @@ def test_what_is_no_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
         Checkpoint(model)
 
 
-def test_expected_size_covers_the_file(four_bits: Path) -> None:
+def test_joined_parts_are_the_file_that_one_write_gives(four_bits: Path, tmp_path: Path) -> None:
+    tensors = load_file(four_bits / WEIGHTS_NAME)
+    keys = sorted(tensors)
+    for name, some in {"a": keys[::2], "b": keys[1::2]}.items():
+        save_file({key: tensors[key] for key in some}, tmp_path / name)
+    write_weights(tmp_path, [tmp_path / "b", tmp_path / "a"])
+    assert (tmp_path / WEIGHTS_NAME).read_bytes() == (four_bits / WEIGHTS_NAME).read_bytes()
+    write_weights(tmp_path, [tmp_path / "a"])
+    assert load_file(tmp_path / WEIGHTS_NAME).keys() == set(keys[::2])
+
+
+def test_expected_size_covers_the_file_that_a_whole_model_gives(
+    four_bits: Path, tmp_path: Path
+) -> None:
     with Checkpoint(four_bits) as checkpoint:
-        expected = weights_bytes(checkpoint.load_model())
+        model = checkpoint.load_model()
+    write_model(tmp_path, model)
+    written, before = load_file(tmp_path / WEIGHTS_NAME), load_file(four_bits / WEIGHTS_NAME)
+    assert written.keys() == before.keys()
+    assert all((written[key] == before[key]).all() for key in before)
     header = 16384
-    assert (four_bits / WEIGHTS_NAME).stat().st_size < expected + header
+    assert (tmp_path / WEIGHTS_NAME).stat().st_size < weights_bytes(model) + header
