@@ -1,14 +1,13 @@
 """What it takes to quantize a model that is larger than the memory it may use, through a kill.
 
     python benchmarks/scale/make_model.py --shape llama-2-7b --output 7b
-    python benchmarks/scale/stream.py --model 7b --scheme W4A8 --weights rtn \\
-        --kill-after 10 --output out --report benchmarks/scale/llama-2-7b.json
+    python benchmarks/scale/stream.py --model 7b --kill-after 10 --output out --report 7b.json
 
-Runs the stage in a process of its own, sends it SIGKILL when so many parts are stored, runs it again
-and reports the time of each block and the peak memory of both processes: `VmHWM`, which counts
-mapped pages of files too, and the largest anonymous share that was seen (pages that cannot be
-dropped). With --compare the stage runs once more without a kill, to another output, and the files
-must be equal.
+Runs the stage in a process of its own, sends it SIGKILL when so many parts are stored, runs it
+again and reports the time of each block and the peak memory of both processes: `VmHWM`, which
+counts mapped pages of files too, and the largest anonymous share that was seen (pages that cannot
+be dropped). With --compare the stage runs once more without a kill, to another output, and tells
+whether the files are equal.
 """
 
 from __future__ import annotations
