@@ -69,7 +69,8 @@ class WeightReader:
         """Return one tensor, float32."""
         stored = self._tensors[name]
         with safe_open(stored.path, framework="pt") as file:
-            return file.get_tensor(stored.key).to(torch.float32, copy=True)
+            tensor: Tensor = file.get_tensor(stored.key).to(torch.float32, copy=True)
+        return tensor
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """Yield the rows of a matrix in order, float32 [n, columns], `chunk_rows` at a time."""
