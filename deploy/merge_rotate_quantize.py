@@ -64,7 +64,7 @@ class CheckpointReport:
     manifest: Manifest
     peak_memory_bytes: int
     seconds_per_block: tuple[float, ...] = ()
-    """Of each block, from reading it until it is stored; nothing if the checkpoint was finished already."""
+    """Of each block, until it is stored; nothing if the checkpoint was finished already."""
     resumed_parts: int = 0
     """Parts of the model that an earlier process had finished."""
 

@@ -164,3 +164,32 @@ def test_exact_cannot_merge_an_input_shortcut() -> None:
     adapter = Adapter(AdapterConfig(rank=2, structure=Structure.INPUT), factors)
     with pytest.raises(ValueError, match="'exact' cannot merge structure input"):
         delta_weights(adapter, MergeMethod.EXACT)
+
+
+@pytest.mark.parametrize("structure", [None, Structure.BLOCK])
+def test_merging_some_layers_at_a_time_is_merging_all(
+    llama: LlamaForCausalLM, targets: list[str], tmp_path: Path, structure: Structure | None
+) -> None:
+    whole, parted = copy.deepcopy(llama), copy.deepcopy(llama)
+    config = AdapterConfig(rank=3, alpha=7, structure=structure)
+    _, adapter = trained(llama, targets, config, tmp_path)
+    before = {fqn: parted.get_submodule(fqn).weight.clone() for fqn in targets}
+    expected = merge_adapter(whole, adapter, MergeMethod.EXACT)
+    first, others = targets[:1], targets[1:]
+    layers = merge_adapter(parted, adapter, MergeMethod.EXACT, only=first).layers
+    assert [layer.fqn for layer in layers] == first
+    assert all(torch.equal(parted.get_submodule(fqn).weight, before[fqn]) for fqn in others)
+    layers += merge_adapter(parted, adapter, MergeMethod.EXACT, only=others).layers
+    assert set(layers) == set(expected.layers)
+    for fqn in targets:
+        assert torch.equal(parted.get_submodule(fqn).weight, whole.get_submodule(fqn).weight)
+
+
+def test_a_merge_that_looks_at_all_layers_is_not_done_in_parts(
+    llama: LlamaForCausalLM, targets: list[str], tmp_path: Path
+) -> None:
+    config = AdapterConfig(rank=3, alpha=7, structure=Structure.INPUT)
+    _, adapter = trained(llama, targets, config, tmp_path)
+    for method in (MergeMethod.LEAST_SQUARES, MergeMethod.WEIGHT_NORM):
+        with pytest.raises(ValueError, match="looks at all layers together"):
+            merge_adapter(llama, adapter, method, only=targets)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rolora.block_stream import BlockStream, block_fqn
+from rolora.block_stream import BlockStream, KnownRows, block_fqn
+from rolora.calibration import RangeObserver, observe_inputs
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan
@@ -142,3 +143,35 @@ def test_the_model_still_runs_to_its_end(make_decoder: MakeDecoder, names: Decod
     stream = BlockStream(decoder.model, names, BATCHES)
     stream.advance(names.blocks[0])
     assert torch.equal(decoder.logits(), before)
+
+
+def test_ranges_seen_on_the_way_are_those_of_the_full_forward(
+    make_decoder: MakeDecoder, model_type: str
+) -> None:
+    decoder = make_decoder(model_type)
+    model, names = decoder.model, decoder.names
+    wanted = [fqn for block in names.blocks for fqn in linears(block)]
+    expected = observe_inputs(model, wanted, BATCHES[:2])
+    stream = BlockStream(model, names, BATCHES[:2])
+    observers = {fqn: RangeObserver() for fqn in wanted}
+    for block in names.blocks:
+        stream.advance(block, {fqn: observers[fqn] for fqn in linears(block)})
+    for fqn in wanted:
+        assert observers[fqn].limit == expected[fqn].limit
+        assert torch.equal(observers[fqn].counts, expected[fqn].counts), fqn
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_known_rows_stand_for_the_embedding(make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder("llama")
+    model, names = decoder.model, decoder.names
+    own = model.get_submodule(names.embedding)
+    tokens = torch.unique(torch.cat([batch["input_ids"].flatten() for batch in BATCHES]))
+    assert 0 < len(tokens) < len(own.weight)
+    rows = own.weight.detach()[tokens]
+    expected = BlockStream(model, names, BATCHES).states
+    found = BlockStream(model, names, BATCHES, KnownRows(tokens, rows)).states
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert model.get_submodule(names.embedding) is own
+    other = BlockStream(model, names, BATCHES, KnownRows(tokens, rows.flip(0))).states
+    assert not torch.equal(other[0], expected[0])

@@ -425,3 +425,33 @@ def test_rotation_changes_nothing_on_smollm2(
         install_online_rotations(model, plan, names)
         after = model(input_ids=ids).logits
     assert float((after - before).abs().max() / before.abs().max()) < 1e-4
+
+
+def test_part_by_part_is_the_same_as_all_at_once(make_decoder: MakeDecoder, kind: Any) -> None:
+    whole, parted = make_decoder("qwen2"), make_decoder("qwen2")
+    plan = draw_plan(whole, kind)
+    prepare(whole)
+    fuse_rotations(whole.model, whole.names, plan)
+    names = parted.names
+    untie_head(parted.model, names)
+    parts = [(names.embedding,), *(block.linears() for block in names.blocks), (names.head,)]
+    for number, part in enumerate(parts):
+        fold_norm_gains(parted.model, names, part)
+        fuse_rotations(parted.model, names, plan, part)
+        if number == 1:  # the control: what is behind has not been touched
+            untouched = make_decoder("qwen2").weights()
+            behind = f"{names.blocks[1].query}.weight"
+            assert torch.equal(parted.weights()[behind], untouched[behind])
+    for key, tensor in whole.weights().items():
+        assert torch.equal(parted.weights()[key], tensor), key
+
+
+def test_a_part_whose_gains_are_not_folded_is_refused(make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder()
+    untie_head(decoder.model, decoder.names)
+    first, second = decoder.names.blocks[:2]
+    fold_norm_gains(decoder.model, decoder.names, first.linears())
+    plan = draw_plan(decoder)
+    fuse_rotations(decoder.model, decoder.names, plan, first.linears())
+    with pytest.raises(ValueError, match=f"^{second.attention_norm}: expected a gain of 1"):
+        fuse_rotations(decoder.model, decoder.names, plan, second.linears())

@@ -13,7 +13,7 @@ from rolora.fuse import fuse_rotations
 from rolora.layer_plan import plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
-from rolora.quantization_walk import quantize_decoder
+from rolora.quantization_walk import QuantizationWalk, quantize_decoder, rows_in_memory
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 from rolora.scheme import (
     ActivationSpec,
@@ -247,3 +247,31 @@ def test_quantizing_twice_is_refused(make_float: MakeDecoder) -> None:
     quantize_decoder(decoder.model, decoder.names, recipe(**options), [])
     with pytest.raises(ValueError, match=r"expected a float nn\.Linear, got QuantizedLinear"):
         quantize_decoder(decoder.model, decoder.names, recipe(**options), [])
+
+
+@pytest.mark.parametrize("method", WeightMethod)
+def test_a_walk_goes_on_from_its_state(make_float: MakeDecoder, method: WeightMethod) -> None:
+    whole, first, second = (make_float("qwen2") for _ in range(3))
+    expected = quantize_decoder(whole.model, whole.names, recipe(weights=method), BATCHES)
+    names = first.names
+    walk = QuantizationWalk(first.model, names, recipe(weights=method), BATCHES)
+    walk.quantize_embedding(rows_in_memory(first.model, names.embedding))
+    errors = walk.quantize_block(names.blocks[0])
+    state = {key: value.clone() for key, value in walk.state().items()}
+    assert len(state) == len(BATCHES) * (2 if method is WeightMethod.GPTQ else 1)
+    walk = QuantizationWalk(second.model, names, recipe(weights=method), BATCHES)
+    walk.restore(state)
+    for block in names.blocks[1:]:
+        errors += walk.quantize_block(block)
+    errors += walk.quantize_head(rows_in_memory(second.model, names.head))
+    assert errors == expected
+    behind = names.blocks[2].down
+    found, wanted = (one.model.get_submodule(behind).weight for one in (second, whole))
+    assert torch.equal(found, wanted)
+
+
+def test_states_of_another_calibration_are_refused(make_float: MakeDecoder) -> None:
+    decoder = make_float()
+    walk = QuantizationWalk(decoder.model, decoder.names, recipe(), BATCHES)
+    with pytest.raises(ValueError, match=f"expected those of {len(BATCHES)} calibration batches"):
+        walk.restore({"float.0": torch.zeros(1, 2, 3)})
