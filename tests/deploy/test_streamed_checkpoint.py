@@ -21,8 +21,10 @@ from deploy.calibration_text import calibration_batches
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint, stored_tensors
 from deploy.errors import ArtifactError, ConfigError
 from deploy.loading import load_local_tokenizer
+from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.part_store import PartStore, progress_directory
 from rolora.calibration import observe_inputs
+from rolora.overrides import Override
 from tests.conftest import MODEL_TYPES, build_tiny_model
 from tests.deploy.tiny_artifacts import HEAD_DIM, make_adapter, make_checkpoint, save_model
 
@@ -120,6 +122,81 @@ def test_a_streamed_checkpoint_is_that_of_the_model_in_memory(
     streamed = make_checkpoint(model, tmp_path / "streamed", **options)
     assert digest(streamed) == digest(expected)
     assert not progress_directory(streamed).exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "W4A8", "windows": 2, "kv_bits": 8},
+        {"scheme": "FP32", "kv_bits": 4, "embedding_bits": 32},
+        {"scheme": "W4A16", "weights": "rtn", "overrides": ("down=W16A8",)},
+        {"scheme": "W8A8", "weights": "rtn", "overrides": ("head=W16",)},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_caches_and_overrides_stream_too(
+    options: dict[str, Any],
+    model: Path,
+    tmp_path: Path,
+    in_memory: Callable[..., Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    overrides = tuple(Override.parse(text) for text in options.get("overrides", ()))
+    options = options | {"overrides": overrides}
+    expected = in_memory(model, tmp_path / "memory", **options)
+    request.getfixturevalue("no_whole_model")
+    streamed = make_checkpoint(model, tmp_path / "streamed", **options)
+    assert digest(streamed) == digest(expected)
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "FP32"])
+def test_a_quantized_cache_goes_on_behind_an_interruption(
+    scheme: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"scheme": scheme, "windows": 2, "kv_bits": 8}
+    expected = digest(make_checkpoint(model, tmp_path / "whole", **options))
+    fail_at(monkeypatch, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint(model, tmp_path / "out", **options)
+    monkeypatch.undo()
+    copy = tmp_path / "control"
+    shutil.copytree(progress_directory(tmp_path / "out"), progress_directory(copy))
+    assert digest(make_checkpoint(model, tmp_path / "out", **options)) == expected
+    states = PartStore.states  # the control: behind other hidden states come other scales
+    monkeypatch.setattr(
+        PartStore,
+        "states",
+        lambda s: {key: 2 * value + key.startswith("cache.") for key, value in states(s).items()},
+    )
+    assert digest(make_checkpoint(model, copy, **options)) != expected
+
+
+def test_what_is_chosen_on_the_running_model_has_all_of_it_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    run = merge_rotate_quantize
+    monkeypatch.setattr(
+        "tests.deploy.tiny_artifacts.merge_rotate_quantize",
+        lambda settings, output: run(settings, output, said.append),
+    )
+    options = {"scheme": "W8A8", "weights": "rtn", "static": "auto"}
+    expected = digest(make_checkpoint(model, tmp_path / "whole", **options))
+    assert any("whole model in memory: bits, clips or static" in line for line in said)
+    said.clear()
+    make_checkpoint(model, tmp_path / "streamed", "W8A8", weights="rtn")
+    assert said
+    assert not any("whole model" in line for line in said)
+    fail_at(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint(model, tmp_path / "out", **options)
+    monkeypatch.undo()
+    formats = part_walk.formats_to_details
+    with monkeypatch.context() as patch:
+        patch.setattr(part_walk, "formats_to_details", lambda plans: formats(plans[1:]))
+        with pytest.raises(ConfigError, match=r"q_proj and 0 others .*--no-resume"):
+            make_checkpoint(model, tmp_path / "out", **options)
+    assert digest(make_checkpoint(model, tmp_path / "out", **options)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
