@@ -432,10 +432,10 @@ def faults(base: Path, tmp: Path) -> dict[str, tuple[int, str, list[object]]]:
         "nothing to learn for": (2, "such as W4A4", [*learn, "--scheme", "FP32"]),
         "no steps": (2, "--steps: expected at least 0, got -1", [*learn_w4a4, "--steps", -1]),
         "no rate": (2, "positive number, got 0.0", [*learn_w4a4, "--learning-rate", 0]),
-        "nothing to learn for": (
+        "only weights rounded": (
             2,
             "expected one that rounds activations",
-            ["learn-rotation", "--model", base / "model", "--scheme", "W4A16"],
+            [*learn, "--scheme", "W4A16"],
         ),
         "long windows": (2, "held out, got 1; give", [*learn_w4a4, "--calibration", rows]),
         "not a checkpoint": (3, "rolora merge-rotate", ["export", "--checkpoint", base / "model"]),
