@@ -447,7 +447,7 @@ def test_part_by_part_is_the_same_as_all_at_once(make_decoder: MakeDecoder, kind
 
 
 def test_a_part_whose_gains_are_not_folded_is_refused(make_decoder: MakeDecoder) -> None:
-    decoder = make_decoder()
+    decoder = make_decoder("llama")
     untie_head(decoder.model, decoder.names)
     first, second = decoder.names.blocks[:2]
     fold_norm_gains(decoder.model, decoder.names, first.linears())
