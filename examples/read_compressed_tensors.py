@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def load(directory: Path) -> torch.nn.Module:
     """Load the model in float32 and rotate online where config.json asks for it."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True
     ).eval()
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

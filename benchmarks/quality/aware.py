@@ -27,8 +27,8 @@ from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
 from deploy.export import Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.language_model import open_language_model
-from deploy.loading import DEMO_MODEL
 from deploy.merge_rotate_quantize import merge_rotate_quantize
+from deploy.model_location import DEMO_MODEL
 from deploy.pack import PackSettings, pack
 from deploy.text_data import read_text
 from deploy.text_quality import Task, cut_windows, evaluate_model

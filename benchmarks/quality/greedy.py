@@ -37,7 +37,8 @@ TOKENS = 64
 
 def torch_tokens(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
     """Return the greedy continuation of a prompt, over the cache, without stopping early."""
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         torch.tensor([ids]), do_sample=False, max_new_tokens=count, repetition_penalty=1.0
     )
     return [int(token) for token in output[0, len(ids) :]]

@@ -21,8 +21,8 @@ import torch
 from deploy.artifact import library_versions
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe, parse_rotation
 from deploy.evaluation import EvaluationSettings, run_evaluation
-from deploy.loading import DEMO_MODEL
 from deploy.merge_rotate_quantize import merge_rotate_quantize
+from deploy.model_location import DEMO_MODEL
 from reslora.merge import MergeMethod
 from rolora.rotation import RotationKind
 

@@ -50,7 +50,7 @@ class TrainingStep:
         """Attach the adapter."""
         if variant == BASELINE:
             peft_config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-            self.model: Any = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            self.model: Any = get_peft_model(model, peft_config)
         else:
             structure, depth = SHORTCUTS[variant]
             config = AdapterConfig(rank, float(rank), structure=structure, depth=depth)

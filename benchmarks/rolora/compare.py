@@ -41,8 +41,8 @@ from deploy.checkpoint_settings import (
 )
 from deploy.evaluation import EvaluationSettings, parse_tasks, run_evaluation
 from deploy.finetune import FinetuneSettings, Method, finetune
-from deploy.loading import DEMO_MODEL
 from deploy.merge_rotate_quantize import merge_rotate_quantize
+from deploy.model_location import DEMO_MODEL
 from deploy.pack import PackSettings, pack
 from deploy.quantized_training import LearnFrom
 from reslora.config import AdapterConfig

@@ -44,7 +44,7 @@ SHAPES = {
         head_dim=64,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=True,
     ),
     "small": LlamaConfig(
@@ -67,7 +67,8 @@ def random_tensors(config: LlamaConfig, generator: torch.Generator) -> Iterator[
     hidden, inner = config.hidden_size, config.intermediate_size
     head_dim = config.head_dim or hidden // config.num_attention_heads
     queries, keys = (
-        count * head_dim for count in (config.num_attention_heads, config.num_key_value_heads)
+        (count or config.num_attention_heads) * head_dim
+        for count in (config.num_attention_heads, config.num_key_value_heads)
     )
     block = {
         "self_attn.q_proj": (queries, hidden),
