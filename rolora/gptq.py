@@ -42,47 +42,64 @@ class GptqResult:
     """tr((W - Q) H (W - Q)^T) over tr(W H W^T); 0 where the output is."""
     rtn_error: float
     """The same of round-to-nearest with the same scales."""
+    energy: float
+    """tr(W H W^T), the weight of these errors among those of other rows."""
 
 
-def quantize_weight_gptq(
-    weight: Tensor, hessian: Tensor, spec: WeightSpec, *, clip_search: bool
-) -> GptqResult:
-    """Round a weight with GPTQ, or to nearest where that is better.
+class Gptq:
+    """Rounds the rows of weights that read one input, which is factorized once.
 
     Args:
-        weight: float [out, in], finite.
         hessian: float32 [in, in], sum of x x^T over calibration inputs x.
-        spec: Bits and group size.
-        clip_search: See `rolora.rtn.quantize_weight`, which sets the scales.
 
     Raises:
-        ValueError: As `quantize_weight`; or the Hessian has another size, is not finite, or cannot
-            be factorized even with strong damping.
+        ValueError: The Hessian is not square, not finite, or cannot be factorized even with strong
+            damping.
     """
-    columns = weight.shape[-1]
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"Hessian: expected [{columns}, {columns}], got {list(hessian.shape)}")
-    if not torch.isfinite(hessian).all():
-        raise ValueError(
-            "Hessian has NaN or infinite values; check the calibration text and the model's weights"
+
+    def __init__(self, hessian: Tensor) -> None:
+        if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+            raise ValueError(f"Hessian: expected a square matrix, got {list(hessian.shape)}")
+        if not torch.isfinite(hessian).all():
+            raise ValueError(
+                "Hessian has NaN or infinite values; check the calibration text and the model's "
+                "weights"
+            )
+        self._hessian = hessian
+        self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        self._factor = _inverse_factor(hessian[self._order][:, self._order])
+
+    def round(self, weight: Tensor, spec: WeightSpec, *, clip_search: bool) -> GptqResult:
+        """Round rows with GPTQ, or to nearest where that is better for all of them together.
+
+        Args:
+            weight: float [out, in], finite.
+            spec: Bits and group size.
+            clip_search: See `rolora.rtn.quantize_weight`, which sets the scales.
+
+        Raises:
+            ValueError: As `quantize_weight`; or the Hessian has another size.
+        """
+        columns, size = weight.shape[-1], self._hessian.shape[0]
+        if columns != size:
+            raise ValueError(
+                f"Hessian: expected [{columns}, {columns}], got {list(self._hessian.shape)}"
+            )
+        nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
+        weight = weight.detach().float()
+        wide_scale = _per_column(scale, columns)
+        rounded = torch.empty_like(nearest)
+        rounded[:, self._order] = _round_columns(
+            weight[:, self._order].clone(), wide_scale[:, self._order], self._factor, spec.bits
         )
-    nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
-    weight = weight.detach().float()
-    wide_scale = _per_column(scale, columns)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order])
-    rounded = torch.empty_like(nearest)
-    rounded[:, order] = _round_columns(
-        weight[:, order].clone(), wide_scale[:, order], factor, spec.bits
-    )
-    energy = _quadratic(weight, hessian)
-    error, rtn_error = (
-        _quadratic(weight - q.float() * wide_scale, hessian) / energy if energy else 0.0
-        for q in (rounded, nearest)
-    )
-    if not error < rtn_error:
-        rounded, error = nearest, rtn_error
-    return GptqResult(rounded, scale, error, rtn_error)
+        energy = _quadratic(weight, self._hessian)
+        error, rtn_error = (
+            _quadratic(weight - q.float() * wide_scale, self._hessian) / energy if energy else 0.0
+            for q in (rounded, nearest)
+        )
+        if not error < rtn_error:
+            rounded, error = nearest, rtn_error
+        return GptqResult(rounded, scale, error, rtn_error, energy)
 
 
 def _per_column(scale: Tensor, columns: int) -> Tensor:

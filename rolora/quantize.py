@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rolora.calibration import RangeObserver
-from rolora.gptq import quantize_weight_gptq
+from rolora.gptq import Gptq
 from rolora.layer_plan import LayerPlan
 from rolora.linear import InputQuantizedLinear, QuantizedLinear, dequantized_weight
 from rolora.rtn import quantize_weight, rows_at_a_time
@@ -33,10 +33,10 @@ def quantize_linear(
     model: nn.Module,
     plan: LayerPlan,
     recipe: QuantizationRecipe,
-    hessian: Tensor | None,
+    gptq: Gptq | None,
     observers: Mapping[str, RangeObserver],
 ) -> LayerError:
-    """Replace one linear; with a Hessian its weight is rounded by GPTQ, one of 16 bits is kept."""
+    """Replace one linear; given GPTQ of its input it rounds with that, 16 bits it keeps."""
     linear = float_linear(model, plan.fqn)
     input_scale = None
     weight = linear.weight.detach()
@@ -49,12 +49,10 @@ def quantize_linear(
         replace_module(model, plan.fqn, kept)
         return LayerError(plan.fqn, 0.0)
     try:
-        if hessian is None:
+        if gptq is None:
             q, scale = quantize_weight(weight, plan.weight, clip_search=recipe.clip_search)
         else:
-            result = quantize_weight_gptq(
-                weight, hessian, plan.weight, clip_search=recipe.clip_search
-            )
+            result = gptq.round(weight, plan.weight, clip_search=recipe.clip_search)
             q, scale, output_error, nearest_error = (
                 result.q,
                 result.scale,

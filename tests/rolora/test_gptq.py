@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rolora import gptq
 from rolora.affine import weight_range
-from rolora.gptq import quantize_weight_gptq
+from rolora.gptq import Gptq
 from rolora.rtn import quantize_weight
 from rolora.scheme import WeightSpec
 
@@ -86,9 +86,7 @@ def test_integers_are_those_of_the_slow_form(
 ) -> None:
     monkeypatch.setattr(gptq, "_BLOCK_COLUMNS", block)
     weight, hessian = random_weight(6, 48, bits), moments(correlated_inputs(48, bits))
-    result = quantize_weight_gptq(
-        weight, hessian, WeightSpec(bits, group_size), clip_search=clip_search
-    )
+    result = Gptq(hessian).round(weight, WeightSpec(bits, group_size), clip_search=clip_search)
     assert result.error < result.rtn_error  # so this is not round-to-nearest
     assert torch.equal(result.q, slow_reference(weight, hessian, result.scale, bits))
     unordered = slow_reference(weight, hessian, result.scale, bits, act_order=False)
@@ -97,7 +95,7 @@ def test_integers_are_those_of_the_slow_form(
 
 def test_blocks_of_the_real_size_carry_their_errors_on() -> None:
     weight, hessian = random_weight(4, 300, 0), moments(correlated_inputs(300, 0, tokens=900))
-    result = quantize_weight_gptq(weight, hessian, WeightSpec(4), clip_search=True)
+    result = Gptq(hessian).round(weight, WeightSpec(4), clip_search=True)
     expected = slow_reference(weight, hessian, result.scale, 4)
     # Over 300 columns a tie may fall the other way in float32; then what follows differs a little.
     assert float((result.q != expected).double().mean()) < 0.02
@@ -134,7 +132,7 @@ def test_the_output_error_is_never_above_round_to_nearest(
         x[:, ::3] = 0.0
     hessian, spec = moments(x), WeightSpec(bits, group_size)
     nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
-    result = quantize_weight_gptq(weight, hessian, spec, clip_search=clip_search)
+    result = Gptq(hessian).round(weight, spec, clip_search=clip_search)
     assert torch.equal(result.scale, scale)
     quant_min, quant_max = weight_range(bits)
     assert quant_min <= int(result.q.min())
@@ -159,7 +157,7 @@ def test_correlated_inputs_let_columns_make_up_for_each_other(
 ) -> None:
     weight, x = random_weight(16, 64, 0), correlated_inputs(64, 1)
     spec = WeightSpec(bits, group_size)
-    result = quantize_weight_gptq(weight, moments(x), spec, clip_search=False)
+    result = Gptq(moments(x)).round(weight, spec, clip_search=False)
     assert result.error < 0.5 * result.rtn_error
     wanted, nearest = (x @ weight.t()).double(), quantize_weight(weight, spec, clip_search=False)[0]
     wide = spread(result.scale, 64)
@@ -172,7 +170,7 @@ def test_correlated_inputs_let_columns_make_up_for_each_other(
 def test_independent_inputs_give_nothing_to_gain() -> None:
     weight = random_weight(16, 64, 0)
     hessian = torch.diag(torch.rand(64) + 0.5)
-    result = quantize_weight_gptq(weight, hessian, WeightSpec(4), clip_search=True)
+    result = Gptq(hessian).round(weight, WeightSpec(4), clip_search=True)
     assert torch.equal(result.q, quantize_weight(weight, WeightSpec(4), clip_search=True)[0])
     assert result.error == result.rtn_error
 
@@ -181,7 +179,7 @@ def test_dead_columns_are_rounded_to_nearest_and_disturb_no_other() -> None:
     weight, x = random_weight(8, 40, 0), correlated_inputs(40, 1)
     dead = torch.arange(40) % 5 == 2
     x[:, dead] = 0.0
-    result = quantize_weight_gptq(weight, moments(x), WeightSpec(4), clip_search=False)
+    result = Gptq(moments(x)).round(weight, WeightSpec(4), clip_search=False)
     nearest, scale = quantize_weight(weight, WeightSpec(4), clip_search=False)
     assert torch.equal(result.q[:, dead], nearest[:, dead])
     assert not torch.equal(result.q[:, ~dead], nearest[:, ~dead])
@@ -191,7 +189,7 @@ def test_dead_columns_are_rounded_to_nearest_and_disturb_no_other() -> None:
 @pytest.mark.parametrize("rank", [1, 5])
 def test_a_rank_deficient_hessian_is_damped(rank: int) -> None:
     weight, x = random_weight(8, 40, 0), correlated_inputs(40, 1, tokens=20, rank=rank)
-    result = quantize_weight_gptq(weight, moments(x), WeightSpec(4), clip_search=True)
+    result = Gptq(moments(x)).round(weight, WeightSpec(4), clip_search=True)
     # So few directions leave the columns much room to make up for each other.
     assert result.error < 0.3 * result.rtn_error
     assert result.error == pytest.approx(
@@ -204,10 +202,10 @@ def test_damping_is_raised_until_the_hessian_factorizes() -> None:
     mean = float(hessian.diagonal().mean())
     shifted = hessian - (float(torch.linalg.eigvalsh(hessian)[0]) + 0.5 * mean) * torch.eye(24)
     weight = random_weight(4, 24, 0)
-    result = quantize_weight_gptq(weight, shifted, WeightSpec(4), clip_search=True)
+    result = Gptq(shifted).round(weight, WeightSpec(4), clip_search=True)
     assert result.error <= result.rtn_error
     with pytest.raises(ValueError, match="size 24 stays singular with 10 on its diagonal"):
-        quantize_weight_gptq(weight, -1e3 * torch.eye(24), WeightSpec(4), clip_search=True)
+        Gptq(-1e3 * torch.eye(24)).round(weight, WeightSpec(4), clip_search=True)
 
 
 def test_group_scales_stay_with_their_columns() -> None:
@@ -215,7 +213,7 @@ def test_group_scales_stay_with_their_columns() -> None:
     weight *= torch.tensor([1e-3, 1.0, 30.0, 0.1]).repeat_interleave(16)
     hessian = moments(x)
     assert not torch.equal(hessian.diagonal().argsort(descending=True), torch.arange(64))
-    result = quantize_weight_gptq(weight, hessian, WeightSpec(4, 16), clip_search=False)
+    result = Gptq(hessian).round(weight, WeightSpec(4, 16), clip_search=False)
     absmax = weight.reshape(4, 4, 16).abs().amax(2)
     torch.testing.assert_close(result.scale, absmax / 7, rtol=EPS, atol=0)
     assert torch.equal(result.q, slow_reference(weight, hessian, result.scale, 4))
@@ -228,7 +226,7 @@ def test_an_output_of_zeros_has_no_error() -> None:
         (torch.zeros(3, 8), torch.eye(8)),
         (random_weight(3, 8, 0), torch.zeros(8, 8)),
     ):
-        result = quantize_weight_gptq(weight, hessian, WeightSpec(4), clip_search=True)
+        result = Gptq(hessian).round(weight, WeightSpec(4), clip_search=True)
         assert (result.error, result.rtn_error) == (0.0, 0.0)
         assert torch.equal(result.q, quantize_weight(weight, WeightSpec(4), clip_search=True)[0])
 
@@ -236,24 +234,24 @@ def test_an_output_of_zeros_has_no_error() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     weight, spec = random_weight(3, 8, 0), WeightSpec(4)
     with pytest.raises(ValueError, match=r"expected \[8, 8\], got \[7, 7\]"):
-        quantize_weight_gptq(weight, torch.eye(7), spec, clip_search=True)
+        Gptq(torch.eye(7)).round(weight, spec, clip_search=True)
     for bad in (float("nan"), float("inf")):
         hessian = torch.eye(8)
         hessian[2, 3] = bad
         with pytest.raises(ValueError, match="Hessian has NaN or infinite"):
-            quantize_weight_gptq(weight, hessian, spec, clip_search=True)
+            Gptq(hessian).round(weight, spec, clip_search=True)
     with pytest.raises(ValueError, match="got shape"):
-        quantize_weight_gptq(weight[0], torch.eye(8), spec, clip_search=True)
+        Gptq(torch.eye(8)).round(weight[0], spec, clip_search=True)
     with pytest.raises(ValueError, match="group size 16 does not divide the 8"):
-        quantize_weight_gptq(weight, torch.eye(8), WeightSpec(4, 16), clip_search=True)
+        Gptq(torch.eye(8)).round(weight, WeightSpec(4, 16), clip_search=True)
     weight[1, 1] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
-        quantize_weight_gptq(weight, torch.eye(8), spec, clip_search=True)
+        Gptq(torch.eye(8)).round(weight, spec, clip_search=True)
 
 
 def test_weight_and_hessian_are_left_alone() -> None:
     weight, hessian = random_weight(3, 16, 0), moments(correlated_inputs(16, 1))
     before = weight.clone(), hessian.clone()
-    quantize_weight_gptq(weight, hessian, WeightSpec(4), clip_search=True)
+    Gptq(hessian).round(weight, WeightSpec(4), clip_search=True)
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
