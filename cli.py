@@ -566,8 +566,8 @@ def merge_rotate_quantize_command(
             "until they are reached."
         ),
     ] = None,
-    embedding_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
-    head_bits: Annotated[int, typer.Option(help="8, or 32 for float.")] = 8,
+    embedding_bits: Annotated[int, typer.Option(help="4, 8, or 32 for float.")] = 8,
+    head_bits: Annotated[int, typer.Option(help="4, 8, or 32 for float.")] = 8,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
     calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
     resume: Annotated[

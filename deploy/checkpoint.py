@@ -5,7 +5,7 @@ rotation if there is one, and the manifest. Tensors keep the model's own names; 
 adds its scales:
 
     <fqn>.weight        int8 [out, in], or uint8 [out, in / 2] for 4 bits (rolora.packing)
-    <fqn>.weight_scale  float32 [out] or [out, groups]
+    <fqn>.weight_scale  float32 [out] or [out, groups]; the embedding's rows are its outputs
     <fqn>.input_scale   float32 scalar, where the input has a static scale
     <fqn>.bias          float32 [out], where the linear has one
 
@@ -157,6 +157,23 @@ class Checkpoint:
             activation=None if plan is None else plan.activation,
         )
 
+    @property
+    def embedding_spec(self) -> WeightSpec | None:
+        """How the embedding is stored; None is float."""
+        key = f"{self.names.embedding}.weight"
+        if not self.has(f"{key}_scale"):
+            return None
+        bits = 8 if self.shape(key)[1] == self.names.hidden_size else 4
+        scales = self.shape(f"{key}_scale")
+        return WeightSpec(bits, None if len(scales) == 1 else self.names.hidden_size // scales[1])
+
+    def quantized_embedding(self, spec: WeightSpec) -> QuantizedEmbedding:
+        """Read the embedding's integers and scales, which `spec` describes."""
+        key = f"{self.names.embedding}.weight"
+        stored = self._tensor(key)
+        table = unpack_int4(stored) if spec.bits == 4 else stored
+        return QuantizedEmbedding(table, self._tensor(f"{key}_scale"), spec)
+
     def integers(self, linear: StoredLinear) -> np.ndarray:
         """Read the integers of a quantized linear, int8 [out, in], unpacked."""
         stored = self.array(f"{linear.fqn}.weight")
@@ -220,13 +237,8 @@ class Checkpoint:
             linear = self.linear(fqn)
             if linear.activation is not None:
                 model.set_submodule(fqn, self._quantized_linear(linear))
-        embedding = self.names.embedding
-        if self.has(f"{embedding}.weight_scale"):
-            table, scale = (
-                self._tensor(f"{embedding}.weight"),
-                self._tensor(f"{embedding}.weight_scale"),
-            )
-            model.set_submodule(embedding, QuantizedEmbedding(table, scale))
+        if self.embedding_spec is not None:
+            model.set_submodule(self.names.embedding, self.quantized_embedding(self.embedding_spec))
         remaining = {
             name: self._tensor(name)
             for name, parameter in model.named_parameters()
@@ -276,7 +288,8 @@ def stored_tensors(model: nn.Module, fqns: Iterable[str]) -> dict[str, Tensor]:
         packed = {
             f"{name}.weight".lstrip(".")
             for name, module in part.named_modules()
-            if isinstance(module, QuantizedLinear) and module.weight_spec.bits == 4
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+            and module.weight_spec.bits == 4
         }
         for name, tensor in part.state_dict().items():
             whole = pack_int4(tensor) if name in packed else tensor.detach().contiguous()

@@ -84,8 +84,8 @@ def choose_recipe(
             is searched for each input.
         static: Calibrated scales after norms; None is yes if R1 is used; `auto` is chosen for each
             input.
-        embedding_bits: 8 or 32.
-        head_bits: 8 or 32.
+        embedding_bits: 4, 8 or 32.
+        head_bits: 4, 8 or 32.
         asymmetric: Per-token inputs with zero points.
         activation_group_size: Input columns that share an activation scale.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploy.artifact import Manifest
+from rolora.scheme import FLOAT_BITS
 
 CARD_NAME = "README.md"
 
@@ -77,7 +78,7 @@ def model_card(checkpoint: Manifest, groups: Mapping[str, str], online_rotation:
     rotation = details.get("rotation")
     names = ", ".join(sorted(rotation["rotations"])) if rotation else ""
     recipe: Any = checkpoint.config.get("recipe") or {}
-    rounded = recipe.get("embedding_bits") == 8
+    bits = recipe.get("embedding_bits")
     rows = []
     for name, words in groups.items():
         form, _, linears = words.partition(": ")
@@ -88,8 +89,8 @@ def model_card(checkpoint: Manifest, groups: Mapping[str, str], online_rotation:
         digest=checkpoint.digest,
         warning=f"> **Warning.** {TRANSFORM_WARNING}\n\n" if online_rotation else "",
         groups="\n".join(rows),
-        embedding="was rounded to 8 bits and is written as it was rounded"
-        if rounded
+        embedding=f"was rounded to {bits} bits and is written as it was rounded"
+        if bits not in (None, FLOAT_BITS)
         else "was not rounded",
         rotation=f"The weights are rotated ({names})."
         + ("" if online_rotation else " That is all in the weights: a reader does nothing for it.")

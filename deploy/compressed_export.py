@@ -50,6 +50,7 @@ from deploy.rotation_file import ROTATION_NAME
 from deploy.weight_files import CONFIG_NAME
 from rolora.affine import dequantize
 from rolora.kronecker import Rotation
+from rolora.linear import dequantized_weight
 from rolora.rotation import applications
 from rolora.scheme import Granularity
 
@@ -207,9 +208,10 @@ def _other_tensors(checkpoint: Checkpoint, quantized: set[str]) -> dict[str, Ten
         key: torch.from_numpy(checkpoint.array(key))
         for key in sorted(checkpoint.keys() - packed - {scale})
     }
-    if checkpoint.has(scale):
-        factors = torch.from_numpy(checkpoint.array(scale))
-        tensors[table] = dequantize(tensors[table], factors[:, None])
+    spec = checkpoint.embedding_spec
+    if spec is not None:
+        rounded = checkpoint.quantized_embedding(spec)
+        tensors[table] = dequantized_weight(rounded.weight, rounded.weight_scale, spec)
     plan = checkpoint.rotation
     if plan is not None and plan.r4 is not None:
         first = checkpoint.names.blocks[0].down

@@ -132,19 +132,32 @@ class DecoderGraph:
         return name_output(logits, "logits", ir.DataType.FLOAT, wide)
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
-        """Look the tokens up; int8 rows are scaled after the lookup."""
+        """Look the tokens up; int8 rows are scaled after the lookup, groups of 4 bits in it."""
         key = self.names.embedding
-        shape = self.checkpoint.shape(f"{key}.weight")
-        quantized = self.checkpoint.has(f"{key}.weight_scale")
-        dtype = ir.DataType.INT8 if quantized else ir.DataType.FLOAT
+        spec = self.checkpoint.embedding_spec
+        dtypes = {None: ir.DataType.FLOAT, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
         table = self.graph.lazy_weight(
-            f"{key}.weight", dtype, shape, lambda: ir.tensor(self.checkpoint.array(f"{key}.weight"))
+            f"{key}.weight",
+            dtypes[None if spec is None else spec.bits],
+            self.checkpoint.shape(f"{key}.weight"),
+            lambda: ir.tensor(self.checkpoint.array(f"{key}.weight")),
         )
+        if spec is None:
+            return self.graph.value("Gather", [table, input_ids], "embedding/Gather")
+        scales = self.checkpoint.array(f"{key}.weight_scale")
+        scale = self.graph.weight(f"{key}.weight_scale", ir.tensor(scales.reshape(len(scales), -1)))
+        if spec.bits == 4:
+            return self.graph.value(
+                "GatherBlockQuantized",
+                [table, input_ids, scale],
+                "embedding/GatherBlockQuantized",
+                domain=MICROSOFT,
+                gather_axis=0,
+                quantize_axis=1,
+                block_size=spec.group_size,
+                bits=4,
+            )
         rows = self.graph.value("Gather", [table, input_ids], "embedding/Gather")
-        if not quantized:
-            return rows
-        scales = self.checkpoint.array(f"{key}.weight_scale").reshape(-1, 1)
-        scale = self.graph.weight(f"{key}.weight_scale", ir.tensor(scales))
         row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
         as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
         return self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")

@@ -68,7 +68,7 @@ def dequantized_weight(q: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
     """
     if spec.group_size is None:
         return dequantize(q, scale[:, None])
-    grouped = q.reshape(q.shape[0], -1, spec.group_size)
+    grouped = q.reshape(q.shape[0], q.shape[1] // spec.group_size, spec.group_size)
     return dequantize(grouped, scale[:, :, None]).reshape(q.shape)
 
 
@@ -233,21 +233,25 @@ def _require_scale(activation: ActivationSpec, input_scale: Tensor | None) -> No
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding table of 8-bit rows, each with its scale.
+    """An embedding table of integers, with a scale a row or a group of its columns.
 
     Args:
         weight: int8 [V, D].
-        weight_scale: float32 [V].
+        weight_scale: float32 [V] or [V, groups].
+        weight_spec: How the table is stored.
     """
 
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+    def __init__(self, weight: Tensor, weight_scale: Tensor, weight_spec: WeightSpec) -> None:
         super().__init__()
+        self.weight_spec = weight_spec
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return float32 [..., D] for token ids int64 [...]."""
-        return dequantize(self.weight[ids], self.weight_scale[ids][..., None])
+        flat = ids.reshape(-1)
+        rows = dequantized_weight(self.weight[flat], self.weight_scale[flat], self.weight_spec)
+        return rows.reshape(*ids.shape, self.weight.shape[1])

@@ -12,6 +12,7 @@ from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_m
 from rolora.calibration import RangeObserver
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.fold import row_chunks
+from rolora.gptq import Gptq, GptqResult
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.quantize import (
@@ -98,10 +99,12 @@ class QuantizationWalk:
             rows: Its rows in order, float32 [n, hidden_size] at a time (`chunk_rows`).
 
         Raises:
-            ValueError: A row is not finite; the message names the embedding.
+            ValueError: A row is not finite (the message names the embedding), or too narrow for the
+                groups of its bits.
         """
-        fqn, bits = self._names.embedding, self._recipe.embedding_bits
+        fqn = self._names.embedding
         integers = self.quantizes(fqn)
+        spec = self._recipe.embedding_weight(self._names.hidden_size)
         tokens = tokens_in(self._batches)
         known: list[Tensor] = []
         start = 0
@@ -111,10 +114,11 @@ class QuantizationWalk:
             known.append(chunk[inside - start])
             start += len(chunk)
             if integers:
-                parts.append(self._round(fqn, chunk, WeightSpec(bits)))
+                parts.append(self._round(fqn, chunk, spec))
         float_rows = seen_rows = torch.cat(known)
         if integers:
-            table = QuantizedEmbedding(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            q, scale = (torch.cat(each) for each in zip(*parts, strict=True))
+            table = QuantizedEmbedding(q, scale, spec)
             replace_module(self._model, fqn, table)
             seen_rows = table(tokens)
         self._open_streams(tokens, float_rows, seen_rows)
@@ -133,9 +137,11 @@ class QuantizationWalk:
         errors: list[LayerError] = []
         for readers in block.shared_inputs():
             plans = [self._plans[fqn] for fqn in readers if fqn in self._plans]
-            hessian = stream.hessian(block, readers[0]) if stream and plans else None
+            gptq = None
+            if stream and any(plan.weight.bits != UNQUANTIZED_BITS for plan in plans):
+                gptq = _factorized(stream.hessian(block, readers[0]), readers[0])
             for plan in plans:
-                errors.append(quantize_linear(self._model, plan, self._recipe, hessian, known))
+                errors.append(quantize_linear(self._model, plan, self._recipe, gptq, known))
                 self._progress(plan.fqn)
         if stream is not None:
             stream.advance(block)
@@ -163,8 +169,15 @@ class QuantizationWalk:
         linear = float_linear(self._model, fqn)
         parts: list[tuple[Tensor, Tensor]] = []
         squares: list[tuple[float, float]] = []
+        results: list[GptqResult] = []
+        gptq: Gptq | None = None
         for chunk in rows:
-            q, scale = self._round(fqn, chunk, plan.weight)
+            if QUANTIZED not in self._streams:
+                q, scale = self._round(fqn, chunk, plan.weight)
+            else:
+                gptq = gptq or _factorized(self._head_hessian(), fqn)
+                results.append(self._round_gptq(fqn, gptq, chunk, plan.weight))
+                q, scale = results[-1].q, results[-1].scale
             squares += squared_norms(chunk, q, scale, plan.weight)
             parts.append((q, scale))
         q, scale = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -174,7 +187,7 @@ class QuantizationWalk:
         quantized = QuantizedLinear(q, scale, bias, plan.weight, plan.activation, input_scale)
         replace_module(self._model, fqn, quantized)
         self._progress(fqn)
-        return [LayerError(fqn, relative_error(squares))]
+        return [LayerError(fqn, relative_error(squares), *_joined_errors(results))]
 
     def state(self) -> dict[str, Tensor]:
         """Return the hidden states between the last finished part and the next."""
@@ -225,6 +238,22 @@ class QuantizationWalk:
         except ValueError as error:
             raise ValueError(f"{fqn}: {error}") from error
 
+    def _round_gptq(self, fqn: str, gptq: Gptq, rows: Tensor, spec: WeightSpec) -> GptqResult:
+        try:
+            return gptq.round(rows.detach(), spec, clip_search=self._recipe.clip_search)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from error
+
+    def _head_hessian(self) -> Tensor:
+        """Return the second moments of the quantized model's normed states, float32 [K, K]."""
+        norm = self._model.get_submodule(self._names.final_norm)
+        moments = torch.zeros(self._names.hidden_size, self._names.hidden_size)
+        with torch.inference_mode():
+            for state in self._streams[QUANTIZED].states:
+                x = norm(state).reshape(-1, self._names.hidden_size).float()
+                moments.addmm_(x.t(), x)
+        return moments
+
     def _head_observers(self, plan: LayerPlan) -> Mapping[str, RangeObserver]:
         """Return what knows the head's input: with ranges of the float model's final norm."""
         if plan.observed not in self._static:
@@ -235,6 +264,24 @@ class QuantizationWalk:
             for state in self._streams[FLOAT].states:
                 observer.update_from(plan.fqn, norm(state))
         return {plan.observed: observer}
+
+
+def _factorized(hessian: Tensor, fqn: str) -> Gptq:
+    try:
+        return Gptq(hessian)
+    except ValueError as error:
+        raise ValueError(f"{fqn}: {error}") from error
+
+
+def _joined_errors(results: Sequence[GptqResult]) -> tuple[float, float] | tuple[None, None]:
+    """Return the relative output errors, GPTQ's and to nearest, of rows rounded in parts."""
+    if not results:
+        return None, None
+    energy = sum(result.energy for result in results) or 1.0  # outputs of zeros have no error
+    return (
+        sum(result.error * result.energy for result in results) / energy,
+        sum(result.rtn_error * result.energy for result in results) / energy,
+    )
 
 
 def quantize_decoder(

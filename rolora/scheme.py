@@ -26,6 +26,10 @@ ACTIVATION_BITS = (4, 6, 8, UNQUANTIZED_BITS)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 FLOAT_BITS = 32
 """The bit width that means "leave in float" for the embedding and the head."""
+TABLE_BITS = (4, 8, FLOAT_BITS)
+"""Of the embedding and the head."""
+TABLE_GROUP_SIZES = (64, 32, 16)
+"""Columns of a 4-bit embedding that share a scale: the first that divides them."""
 AUTO: Literal["auto"] = "auto"
 """Chosen on calibration text, for each input by itself."""
 
@@ -127,7 +131,7 @@ class QuantizationRecipe:
 
     scheme: Scheme
     weights: WeightMethod = WeightMethod.RTN
-    """Of the blocks; embedding and head are always rounded to nearest."""
+    """Of the linears; the embedding, which has no input to calibrate on, is rounded to nearest."""
     group_size: int | None = None
     """Group size of block weights; None is per output channel."""
     clip_search: bool = True
@@ -172,8 +176,8 @@ class QuantizationRecipe:
         if isinstance(clip, float | int) and not 0.1 <= clip <= 1.0:
             raise ValueError(f"activation clip ratio: expected 0.1 to 1.0, got {clip}")
         for part, bits in (("embedding", self.embedding_bits), ("head", self.head_bits)):
-            if bits not in (8, FLOAT_BITS):
-                raise ValueError(f"{part} bits: expected 8 or {FLOAT_BITS} (float), got {bits}")
+            if bits not in TABLE_BITS:
+                raise ValueError(f"{part} bits: expected 4, 8 or {FLOAT_BITS} (float), got {bits}")
 
     def require_groups_fit(self, scheme: Scheme) -> None:
         """Check that linears of a scheme can have the recipe's weight groups.
@@ -228,6 +232,22 @@ class QuantizationRecipe:
             1.0 if clip == AUTO else float(clip),
             self.activation_group_size,
             symmetric=not self.asymmetric,
+        )
+
+    def embedding_weight(self, columns: int) -> WeightSpec:
+        """Return how the embedding is stored: 8 bits a scale a row, 4 bits a scale a group.
+
+        Raises:
+            ValueError: No group divides the columns.
+        """
+        if self.embedding_bits != 4:
+            return WeightSpec(self.embedding_bits)
+        for size in TABLE_GROUP_SIZES:
+            if columns % size == 0:
+                return WeightSpec(4, size)
+        raise ValueError(
+            f"embedding bits: 4 bits have a scale for {', '.join(map(str, TABLE_GROUP_SIZES))} "
+            f"columns, none of which divides {columns}; use 8"
         )
 
     def head_input(self, bits: int | None = None) -> ActivationSpec:

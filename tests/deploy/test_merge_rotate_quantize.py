@@ -92,7 +92,7 @@ def test_the_recipe_fills_in_what_was_left_open() -> None:
         ("W4A8", {"group_size": 20}, "group size: expected one of"),
         ("W4A4", {"group_size": 16}, "use A8"),
         ("W8A8", {"activation_clip": 0.0}, "clip ratio"),
-        ("W8A8", {"head_bits": 4}, "head bits"),
+        ("W8A8", {"head_bits": 2}, "head bits"),
         ("W8A8", {"weights": "magic"}, "magic"),
     ],
 )

@@ -56,6 +56,8 @@ def quantize(model: Path, output: Path, scheme: str, *texts: str, **options: Any
         ("W8A8", [], {"activation_group_size": 32}),
         ("W16A16", ["q,k,v=W8A8", "head=W8A8"], {}),
         ("W8A8", ["head=A16", "down=W16A16"], {}),
+        ("W4A8", [], {"embedding_bits": 4, "head_bits": 4}),
+        ("W8A8", [], {"embedding_bits": 4, "weights": "gptq"}),
     ],
 )
 def test_the_graph_computes_what_the_checkpoint_does(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rolora import linear
 from rolora.linear import QuantizedEmbedding, QuantizedLinear, integer_matmul
+from rolora.rtn import quantize_weight
 from rolora.scheme import ActivationSpec, Granularity, WeightSpec
 
 EPS = torch.finfo(torch.float32).eps
@@ -248,9 +249,22 @@ def test_the_printed_form_names_bits_and_granularity() -> None:
     )
 
 
+def test_a_4_bit_embedding_has_a_scale_for_each_group() -> None:
+    before = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    before[:, 32:] *= 8
+    spec = WeightSpec(4, 32)
+    q, scale = quantize_weight(before, spec, clip_search=False)
+    table = QuantizedEmbedding(q, scale, spec)
+    steps = scale.repeat_interleave(32, dim=1)
+    assert ((table(torch.arange(9)) - before).abs() <= 0.5001 * steps).all()
+    one_scale, _ = quantize_weight(before, WeightSpec(4), clip_search=False)
+    assert not torch.equal(q[:, :32], one_scale[:, :32])  # the control: groups matter
+    assert table(torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3, 64)
+
+
 def test_an_embedding_restores_the_rows_asked_for() -> None:
     q, scale = integers((11, 6), 0), torch.rand(11)
     ids = torch.tensor([[0, 10, 3], [3, 3, 1]])
-    rows = QuantizedEmbedding(q, scale)(ids)
+    rows = QuantizedEmbedding(q, scale, WeightSpec(8))(ids)
     assert rows.shape == (2, 3, 6)
     assert torch.equal(rows, (q.float() * scale[:, None])[ids])

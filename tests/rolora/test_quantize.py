@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rolora import rtn
 from rolora.calibration import observe_inputs
 from rolora.fold import fold_norm_gains
 from rolora.fuse import fuse_rotations
@@ -15,6 +16,7 @@ from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
 from rolora.quantization_walk import QuantizationWalk, quantize_decoder, rows_in_memory
 from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rtn import quantize_weight
 from rolora.scheme import (
     ActivationSpec,
     Granularity,
@@ -186,10 +188,43 @@ def test_gptq_lowers_the_error_on_the_calibration_inputs(make_float: MakeDecoder
         for error in errors
         if error.output_error is not None and error.nearest_output_error is not None
     ]
-    assert len(pairs) == len(errors) - 1
-    assert errors[-1].output_error is None  # the head is rounded to nearest
+    assert len(pairs) == len(errors)  # the head too
     assert all(output <= nearest for output, nearest in pairs)
     assert sum(output for output, _ in pairs) < 0.7 * sum(nearest for _, nearest in pairs)
+
+
+def test_the_head_is_rounded_in_parts_as_in_one(
+    make_float: MakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = []
+    for elements in (1 << 20, 128):
+        monkeypatch.setattr(rtn, "_CHUNK_ELEMENTS", elements)
+        decoder = make_float()
+        rotate(decoder)
+        options = recipe("W4A8", weights=WeightMethod.GPTQ, head_bits=4)
+        errors = quantize_decoder(decoder.model, decoder.names, options, BATCHES)
+        heads.append((decoder.model.get_submodule(decoder.names.head), errors[-1]))
+    (whole, whole_error), (parts, parts_error) = heads
+    assert torch.equal(whole.weight, parts.weight)
+    assert torch.equal(whole.weight_scale, parts.weight_scale)
+    assert parts_error.output_error == pytest.approx(whole_error.output_error, rel=1e-5)
+    assert parts_error.output_error < 0.7 * parts_error.nearest_output_error
+    nearest, _ = quantize_weight(head_weight(make_float), WeightSpec(4), clip_search=True)
+    assert not torch.equal(whole.weight, nearest)  # the control: GPTQ moved some
+
+
+def head_weight(make_float: MakeDecoder) -> torch.Tensor:
+    decoder = make_float()
+    rotate(decoder)
+    return decoder.model.get_parameter(f"{decoder.names.head}.weight")
+
+
+def test_an_embedding_that_no_group_divides_is_refused(make_float: MakeDecoder) -> None:
+    decoder = make_float()  # 36 columns
+    options = recipe("W8A8", embedding_bits=4)
+    with pytest.raises(ValueError, match="4 bits have a scale for 64, 32, 16 columns"):
+        quantize_decoder(decoder.model, decoder.names, options, BATCHES)
+    assert options.embedding_weight(96) == WeightSpec(4, 32)
 
 
 @pytest.mark.parametrize("method", WeightMethod)

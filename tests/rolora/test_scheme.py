@@ -70,7 +70,7 @@ def test_a_width_too_long_for_python_is_refused_like_any_other() -> None:
         ("W4A4", {"activation_group_size": 48}, "activation group size: .*got 48"),
         ("W4A8", {"group_size": 32, "activation_group_size": 32}, "quantizes their inputs itself"),
         ("W4A8", {"group_size": 32, "asymmetric": True}, "quantizes their inputs itself"),
-        ("W8A8", {"embedding_bits": 4}, "embedding bits.*got 4"),
+        ("W8A8", {"embedding_bits": 6}, "embedding bits.*got 6"),
         ("W8A8", {"head_bits": 16}, "head bits.*got 16"),
     ],
 )
