@@ -15,8 +15,15 @@ head_dim numbers, both times the clip ratio c = 0.95 (QuaRot, arXiv:2404.00456).
     s = c (max x - min x) / 15,   z = round(-c min x / s),   q = clamp(round(x / s) + z, 0, 15),
     x' = s (q - z)
 
-Departure: of the keys it first takes the calibrated mean of each channel, which is never put back:
-q (k - m)^T is q k^T less one number for all keys of a query, and softmax ignores that.
+Two departures. Before R3 a gain g for each channel multiplies keys and divides queries, which
+leaves q k^T as it is. Rounding adds noise of equal size to all channels of a key behind R3, and
+what that does to the scores is least for
+
+    g = (E[q^2] / Var[k])^(1/4),         up to a factor; here their geometric mean is 1
+
+(minimize E|q / g|^2 E|g (k - m)|^2). Of the keys it then takes the calibrated mean m of each
+channel, which is never put back: q (k - m)^T is q k^T less one number for all keys of a query, and
+softmax ignores that.
 """
 
 from __future__ import annotations
@@ -48,7 +55,7 @@ def stored_parts(bits: int) -> tuple[str, ...]:
     if bits == FLOAT_KV_BITS:
         return ()
     static = kv_granularity(bits) is Granularity.CHANNEL
-    return ("key_scale", "value_scale") if static else ("key_mean",)
+    return ("key_scale", "value_scale") if static else ("key_gain", "key_mean")
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
@@ -86,6 +93,7 @@ class CacheCodec(nn.Module):
     rotation: Tensor | None
     key_scale: Tensor
     value_scale: Tensor
+    key_gain: Tensor
     key_mean: Tensor
 
     def __init__(self, rotation: Tensor | None, bits: int = FLOAT_KV_BITS, **parts: Tensor) -> None:
@@ -109,6 +117,9 @@ class CacheCodec(nn.Module):
             The same three as attention reads them; keys and values are still float, but with values
             that the integers of the cache stand for.
         """
+        if self.bits == 4:
+            key = key * self.key_gain.to(key)
+            query = query / _for_queries(self.key_gain, query.shape[1]).to(query)
         if self.rotation is not None:
             query, key = query @ self.rotation.to(query), key @ self.rotation.to(key)
         if self.bits == FLOAT_KV_BITS:
@@ -133,11 +144,17 @@ class CacheRecorder(nn.Module):
         self._rotation = rotation
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._query_squares = torch.zeros(())
+        self._queries = 0
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep keys and values [B, kv_heads, T, head_dim], the keys rotated; change nothing."""
-        self._keys.append(key if self._rotation is None else key @ self._rotation.to(key))
+        """Keep keys and values [B, kv_heads, T, head_dim], and sums of queries; change nothing."""
+        self._keys.append(key)
         self._values.append(value)
+        kv_heads, head_dim = key.shape[1], key.shape[3]
+        by_head = query.transpose(0, 1).reshape(kv_heads, -1, head_dim)
+        self._query_squares = self._query_squares + by_head.double().square().sum(dim=1)
+        self._queries += by_head.shape[1]
         return query, key, value
 
     def codec(self, bits: int) -> CacheCodec:
@@ -149,13 +166,48 @@ class CacheRecorder(nn.Module):
         Raises:
             ValueError: Nothing was seen, or a key or value is NaN or infinite.
         """
-        parts = {}
-        for name in stored_parts(bits):
-            seen = _by_channel(self._keys if name.startswith("key") else self._values)
-            parts[name] = (
-                seen.mean(dim=2) if name == "key_mean" else channel_scales(seen, bits)
-            ).unsqueeze(1)
-        return CacheCodec(self._rotation, bits, **parts)
+        if kv_granularity(bits) is Granularity.TOKEN:
+            keys = _by_channel(self._keys)
+            gain = equalizing_gain(self._query_squares / max(self._queries, 1), keys)
+            mean = self._rotated(keys * gain[:, :, None]).mean(dim=2)
+            parts = {"key_gain": gain, "key_mean": mean}
+        else:
+            parts = {
+                "key_scale": channel_scales(self._rotated(_by_channel(self._keys)), bits),
+                "value_scale": channel_scales(_by_channel(self._values), bits),
+            }
+        stored = {name: part.unsqueeze(1) for name, part in parts.items()}
+        return CacheCodec(self._rotation, bits, **stored)
+
+    def _rotated(self, channels: Tensor) -> Tensor:
+        """Apply R3 to [kv_heads, head_dim, N]."""
+        if self._rotation is None:
+            return channels
+        return self._rotation.to(channels).mT @ channels
+
+
+def equalizing_gain(query_squares: Tensor, keys: Tensor) -> Tensor:
+    """Return what keys are multiplied by, and queries divided, before both are rotated.
+
+    Args:
+        query_squares: Mean squares of the queries of each key-value head, [kv_heads, head_dim].
+        keys: float32 [kv_heads, head_dim, tokens].
+
+    Returns:
+        float32 [kv_heads, head_dim], positive; 1 for a channel without queries or without variance.
+    """
+    variance = keys.double().var(dim=2, correction=0)
+    ratio = query_squares.double() / variance
+    known = (query_squares > 0) & (variance > 0)
+    logarithm = torch.where(known, ratio.log() / 4, 0.0)
+    number = known.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = logarithm.sum(dim=1, keepdim=True) / number
+    return torch.where(known, (logarithm - mean).exp(), 1.0).float()
+
+
+def _for_queries(part: Tensor, heads: int) -> Tensor:
+    """Repeat [kv_heads, 1, head_dim] for the query heads that share each: [heads, 1, head_dim]."""
+    return part.repeat_interleave(heads // part.shape[0], dim=0)
 
 
 def channel_scales(channels: Tensor, bits: int) -> Tensor:

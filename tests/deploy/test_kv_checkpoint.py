@@ -147,7 +147,7 @@ def damaged(source: Path, copy: Path, value: np.ndarray | None, kv_bits: object)
         (None, 8, r"key_scale' is missing"),
         (np.ones((2, 1, 3), np.float32), 8, r"key_scale: expected shape \(2, 1, 16\), got"),
         (np.full((2, 1, 16), -1, np.float32), 8, r"layers\.1\.self_attn: .*key_scale: .*positive"),
-        (np.ones((2, 1, 16), np.float32), 4, "key_mean' is missing"),
+        (np.ones((2, 1, 16), np.float32), 4, "key_gain' is missing"),
         (None, 6, "kv_bits are unreadable: .*got 6"),
         (None, "8", "kv_bits are unreadable"),
     ],

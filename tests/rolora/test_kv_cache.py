@@ -12,6 +12,7 @@ from rolora.kv_cache import (
     CacheCodec,
     CacheRecorder,
     channel_scales,
+    equalizing_gain,
     kv_granularity,
     round_tokens,
     stored_parts,
@@ -46,7 +47,7 @@ def codec_for(bits: int, key: Tensor, value: Tensor, r3: Tensor | None = None) -
 def test_eight_bits_are_static_and_four_bits_have_a_scale_a_token() -> None:
     assert [kv_granularity(bits) for bits in KV_BITS] == [Granularity.CHANNEL, Granularity.TOKEN]
     assert stored_parts(8) == ("key_scale", "value_scale")
-    assert stored_parts(4) == ("key_mean",)
+    assert stored_parts(4) == ("key_gain", "key_mean")
     assert stored_parts(FLOAT_KV_BITS) == ()
 
 
@@ -102,15 +103,16 @@ def test_the_mean_of_the_keys_shifts_all_scores_of_a_query_alike(
     query, key, value = qkv
     key = key + 20 * torch.linspace(-1, 1, HEAD_DIM, dtype=torch.float64)
     codec = codec_for(4, key, value)
-    torch.testing.assert_close(codec.key_mean[:, 0], key.mean(dim=(0, 2)).float())
+    gain = codec.key_gain.double()
+    torch.testing.assert_close(codec.key_mean[:, 0], (key * gain).mean(dim=(0, 2)).float())
     rows = query[:, ::2]
 
     def error(read: Tensor) -> float:
         shift = rows @ (read - key).mT
         return float((shift - shift.mean(dim=-1, keepdim=True)).abs().max())
 
-    assert error(key - codec.key_mean.double()) < 1e-12
-    assert error(codec(query, key, value)[1]) < error(round_tokens(key, 4)) / 3
+    assert error(key - codec.key_mean.double() / gain) < 1e-12
+    assert error(codec(query, key, value)[1] / gain) < error(round_tokens(key, 4)) / 3
 
 
 @pytest.mark.parametrize("bits", [FLOAT_KV_BITS, *KV_BITS])
@@ -121,12 +123,55 @@ def test_the_rotation_is_undone_by_the_product(
     r3 = rotation()
     codec = CacheCodec(r3) if bits == FLOAT_KV_BITS else codec_for(bits, key, value, r3)
     read_query, read_key, _ = codec(query, key, value)
-    torch.testing.assert_close(read_query, query @ r3)
+    gain = codec.key_gain.double() if bits == 4 else torch.ones(PART, dtype=torch.float64)
+    torch.testing.assert_close(read_query, (query / gain.repeat_interleave(2, dim=0)) @ r3)
     centre = codec.key_mean.double() if bits == 4 else 0.0
     scores, expected = read_query[:, ::2] @ (read_key + centre).mT, query[:, ::2] @ key.mT
     bound = {FLOAT_KV_BITS: 1e-12, 8: 0.1, 4: 1.5}[bits]
     assert float((scores - expected).abs().max()) < bound
     assert float((query[:, ::2] @ (read_key + centre).mT - expected).abs().max()) > 2 * bound
+
+
+def test_the_gain_lowers_what_rounding_does_to_the_scores() -> None:
+    generator = torch.Generator().manual_seed(4)
+    shape = 1, KV_HEADS, 500, HEAD_DIM
+    widths = torch.logspace(-1, 1, HEAD_DIM)
+    key = widths * torch.randn(shape, generator=generator)
+    query = widths.flip(0) * torch.randn(shape, generator=generator).repeat(1, 2, 1, 1)
+    r3 = rotation().float()
+    codec = codec_of(query, key, r3)
+    torch.testing.assert_close(
+        codec.key_gain[:, 0].log().mean(dim=1), torch.zeros(KV_HEADS), rtol=0, atol=1e-5
+    )
+    without = CacheCodec(
+        r3, 4, key_gain=torch.ones(PART), key_mean=(key @ r3).mean(dim=(0, 2)).unsqueeze(1)
+    )
+
+    def error(used: CacheCodec) -> float:
+        read_query, read_key, _ = used(query, key, key)
+        change = read_query @ read_key.repeat_interleave(2, dim=1).mT
+        change = change - query @ key.repeat_interleave(2, dim=1).mT
+        return float((change - change.mean(dim=-1, keepdim=True)).square().mean())
+
+    # By the formula: (sum of sigma_q sigma_k)^2 over sum of sigma_q^2 sum of sigma_k^2.
+    expected = HEAD_DIM**2 / float(widths.square().sum()) ** 2
+    assert error(codec) / error(without) == pytest.approx(expected, rel=0.5)
+
+
+def codec_of(query: Tensor, key: Tensor, r3: Tensor) -> CacheCodec:
+    recorder = CacheRecorder(r3)
+    recorder(query, key, key)
+    return recorder.codec(4)
+
+
+def test_a_channel_that_says_nothing_has_a_gain_of_one() -> None:
+    keys = draw(KV_HEADS, 5)[0].mT.clone()
+    keys[0, 3] = 2.0
+    squares = torch.ones(KV_HEADS, HEAD_DIM)
+    squares[1, 2] = 0.0
+    gain = equalizing_gain(squares, keys)
+    assert gain[0, 3] == gain[1, 2] == 1.0
+    assert bool(torch.isfinite(gain).all())
 
 
 def test_calibration_refuses_nothing_and_what_is_not_finite() -> None:
@@ -143,9 +188,22 @@ def test_calibration_refuses_nothing_and_what_is_not_finite() -> None:
         (6, {}, "expected 8, 4, or 16"),
         (16, {"key_mean": torch.zeros(PART)}, r"16 bits: expected tensors \[\], got"),
         (8, {"key_scale": torch.ones(PART)}, r"expected tensors \['key_scale', 'value_scale'\]"),
-        (4, {}, r"expected tensors \['key_mean'\], got \[\]"),
-        (4, {"key_mean": torch.zeros(HEAD_DIM)}, "key_mean: expected shape"),
-        (4, {"key_mean": torch.full(PART, torch.inf)}, "key_mean: expected finite"),
+        (4, {}, r"expected tensors \['key_gain', 'key_mean'\], got \[\]"),
+        (
+            4,
+            {"key_gain": torch.ones(PART), "key_mean": torch.zeros(HEAD_DIM)},
+            "key_mean: expected shape",
+        ),
+        (
+            4,
+            {"key_gain": torch.ones(PART), "key_mean": torch.full(PART, torch.inf)},
+            "key_mean: expected finite",
+        ),
+        (
+            4,
+            {"key_gain": torch.zeros(PART), "key_mean": torch.zeros(PART)},
+            "key_gain: .* positive",
+        ),
         (
             8,
             {"key_scale": torch.ones(PART), "value_scale": torch.ones(1, 1, HEAD_DIM)},
