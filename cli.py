@@ -205,7 +205,7 @@ CALIBRATION_HELP = (
 )
 ROTATION_HELP = "Take the rotation of this artifact, such as learn-rotation wrote."
 GROUP_HELP = "Input columns that share a weight scale; needs A8. Default: whole channels."
-CLIP_HELP = "Part of a token's range that its scale covers. Default: 1, or 0.9 below 6 bits."
+CLIP_HELP = "Part of a token's range in a scale. Default: 1, at 4 bits 0.7 (0.9 in groups)."
 STATIC_HELP = "Calibrated scales after norms. Default: static if R1 is used."
 MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
 
@@ -531,7 +531,7 @@ def merge_rotate_quantize_command(
         str | None,
         typer.Option(
             help="Part of a token's range that its scale covers, or auto: searched for each input. "
-            "Default: 1, or 0.9 below 6 bits."
+            "Default: 1, at 4 bits 0.7 (0.9 in groups)."
         ),
     ] = None,
     activation_symmetry: Annotated[

@@ -80,7 +80,7 @@ def choose_recipe(
         weights: `rtn` or `gptq`.
         group_size: Of the block weights.
         clip_search: Search the clipping point of weight scales.
-        activation_clip: Of per-token scales; None is 1, or 0.9 for activations below 6 bits; `auto`
+        activation_clip: Of per-token scales; None is that of the bits; `auto`
             is searched for each input.
         static: Calibrated scales after norms; None is yes if R1 is used; `auto` is chosen for each
             input.

@@ -84,7 +84,7 @@ def test_the_rebuilt_model_has_the_modules_of_the_manifest(four_bits: Path, grou
     down = model.get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(down, QuantizedLinear)
     assert down.activation.granularity is Granularity.TOKEN
-    assert down.activation.clip_ratio == 0.9
+    assert down.activation.clip_ratio == 0.7
     assert len(down._forward_pre_hooks) == 1, "R4"
     assert isinstance(model.get_submodule("model.embed_tokens"), QuantizedEmbedding)
     with Checkpoint(grouped) as checkpoint:

@@ -335,7 +335,7 @@ def test_what_the_format_cannot_say_is_refused(
 ) -> None:
     model = made("W8A8").checkpoint.parent / "model"
     clipped = make_checkpoint(model, tmp_path / "clipped", "W4A4", weights="rtn", rotate="r1,r2")
-    message = r"4 linears .*o_proj .*clip their inputs at 0.9 .*--activation-clip 1"
+    message = r"4 linears .*o_proj .*clip their inputs at 0.7 .*--activation-clip 1"
     with pytest.raises(ConfigError, match=message):
         export_compressed(clipped, tmp_path / "out")
     plain = make_checkpoint(model, tmp_path / "plain", "FP32")

@@ -72,7 +72,7 @@ def test_the_recipe_fills_in_what_was_left_open() -> None:
     rotated, plain = (choose_recipe("w4a4", rotation=choice) for choice in (None, none))
     assert rotated is not None
     assert plain is not None
-    assert (rotated.run_time_input(4).clip_ratio, rotated.static_after_norm) == (0.9, True)
+    assert (rotated.run_time_input(4).clip_ratio, rotated.static_after_norm) == (0.7, True)
     assert plain.static_after_norm is False
     eight = choose_recipe("W8A8", rotation=RotationChoice(frozenset({RotationName.R4})))
     assert eight is not None

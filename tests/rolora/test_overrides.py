@@ -110,7 +110,7 @@ def test_overrides_change_what_they_name_and_nothing_else(make_decoder: MakeDeco
             assert found.activation.clip_ratio == 1.0
         else:
             assert found == before[fqn]
-    assert before[second.down].activation.clip_ratio == 0.9
+    assert before[second.down].activation.clip_ratio == 0.7
     assert list(before) == list(after)
 
 

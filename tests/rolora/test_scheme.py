@@ -127,16 +127,16 @@ def test_defaults_are_the_safe_choices() -> None:
     assert FLOAT_BITS not in (recipe.embedding_bits, recipe.head_bits)
 
 
-def test_inputs_without_a_clip_given_are_clipped_below_six_bits_alone() -> None:
+def test_inputs_without_a_clip_given_are_clipped_at_four_bits_alone() -> None:
     recipe = QuantizationRecipe(Scheme(4, 4))
     ratios = [recipe.block_input(after_norm=False, bits=bits).clip_ratio for bits in (4, 6, 8)]
-    assert ratios == [0.9, 1.0, 1.0]
+    assert ratios == [0.7, 1.0, 1.0]
 
 
 def test_asymmetry_and_groups_are_for_scales_found_at_run_time() -> None:
     recipe = QuantizationRecipe(Scheme(4, 4), asymmetric=True)
     assert recipe.block_input(after_norm=True) == ActivationSpec(4, Granularity.TENSOR)
-    expected = ActivationSpec(4, Granularity.TOKEN, 0.9, symmetric=False)
+    expected = ActivationSpec(4, Granularity.TOKEN, 0.7, symmetric=False)
     assert recipe.block_input(after_norm=False) == expected
     grouped = QuantizationRecipe(Scheme(4, 4), activation_group_size=16)
     for after_norm in (False, True):
