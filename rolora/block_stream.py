@@ -7,8 +7,9 @@ that it will see in the quantized model; one that moves on before shows those of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,36 @@ def tokens_in(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """Return the ids that occur in batches, int64 [n], ascending, each once."""
     ids = [batch["input_ids"].flatten() for batch in batches]
     return torch.unique(torch.cat(ids)) if ids else torch.empty(0, dtype=torch.int64)
+
+
+class Moments:
+    """Second moments of inputs x' of one model, and with those x of another, over all tokens."""
+
+    def __init__(self) -> None:
+        self.hessian = torch.zeros(0, 0)
+        """float32 [K, K], sum of x' x'^T."""
+        self.cross = torch.zeros(0, 0)
+        """float32 [K, K], sum of x x'^T."""
+
+    def add(self, own: Tensor, other: Tensor) -> None:
+        """Add tokens: x' and x, float32 [tokens, K] each."""
+        if not self.hessian.numel():
+            columns = own.shape[1]
+            self.hessian, self.cross = torch.zeros(2, columns, columns).unbind()
+        self.hessian.addmm_(own.t(), own)
+        self.cross.addmm_(other.t(), own)
+
+    def require_any(self, fqn: str) -> None:
+        """Refuse moments of nothing.
+
+        Raises:
+            ValueError: No token was added; the message names the linear.
+        """
+        if not self.hessian.numel():
+            raise ValueError(
+                f"{fqn}: no calibration input reached it; give calibration text of at least one "
+                f"token"
+            )
 
 
 class _Captured(Exception):
@@ -87,57 +118,69 @@ class BlockStream:
         self._options.append(options | {"past_key_values": None, "use_cache": False})
         raise _Captured
 
-    def hessian(self, block: BlockNames, fqn: str) -> Tensor:
-        """Return the second moments sum x x^T of a linear's input, float32 [K, K].
+    def moments(self, block: BlockNames, fqn: str, others: Sequence[Tensor]) -> Moments:
+        """Return the second moments of a linear's input.
 
         Online rotations are hooks that were registered earlier, so the input is seen after them.
+
+        Args:
+            block: The current one.
+            fqn: The linear.
+            others: Its inputs in another model, from `advance`.
+
+        Raises:
+            ValueError: No input reached it; the message names it.
         """
-        moments: list[Tensor] = []
+        moments = Moments()
+        remaining = iter(others)
 
         def observe(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            if moments:
-                moments[0].addmm_(x.t(), x)
-            else:
-                moments.append(x.t() @ x)
+            moments.add(rows_of(inputs[0]), next(remaining))
 
         handle = self._model.get_submodule(fqn).register_forward_pre_hook(observe)
         try:
             self._run(block)
         finally:
             handle.remove()
-        if not moments:
-            raise ValueError(
-                f"{fqn}: no calibration input reached it; give calibration text of at least one "
-                f"token"
-            )
-        return moments[0]
+        moments.require_any(fqn)
+        return moments
 
     def advance(
-        self, block: BlockNames, observers: Mapping[str, RangeObserver] | None = None
-    ) -> None:
+        self,
+        block: BlockNames,
+        observers: Mapping[str, RangeObserver] | None = None,
+        kept: Iterable[str] = (),
+    ) -> dict[str, list[Tensor]]:
         """Move the states behind the current block.
 
         Args:
             block: The current one.
             observers: By FQN of a linear in it, what observes the linear's input on the way.
+            kept: FQNs of linears in it whose inputs are wanted.
+
+        Returns:
+            Of those linears the inputs, float32 [tokens, K] for each batch.
 
         Raises:
             ValueError: An observed input is NaN or infinite; the message names the linear.
         """
+        inputs_of: dict[str, list[Tensor]] = {fqn: [] for fqn in kept}
+        listeners: list[tuple[str, Callable[[Tensor], None]]] = [
+            (fqn, partial(observer.update_from, fqn)) for fqn, observer in (observers or {}).items()
+        ]
+        listeners += [(fqn, _keeper(found)) for fqn, found in inputs_of.items()]
         handles = [
             self._model.get_submodule(fqn).register_forward_pre_hook(
-                lambda _module, inputs, fqn=fqn, observer=observer: observer.update_from(
-                    fqn, inputs[0]
-                )
+                lambda _module, inputs, listen=listen: listen(inputs[0])
             )
-            for fqn, observer in (observers or {}).items()
+            for fqn, listen in listeners
         ]
         try:
             self.states = self._run(block)
         finally:
             for handle in handles:
                 handle.remove()
+        return inputs_of
 
     def _run(self, block: BlockNames) -> list[Tensor]:
         module = self._model.get_submodule(block_fqn(block))
@@ -147,6 +190,15 @@ class BlockStream:
                 for state, options in zip(self.states, self._options, strict=True)
             ]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return an input of any shape as float32 [tokens, K]."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _keeper(found: list[Tensor]) -> Callable[[Tensor], None]:
+    return lambda x: found.append(rows_of(x).clone())
 
 
 def block_fqn(block: BlockNames) -> str:

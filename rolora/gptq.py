@@ -10,8 +10,18 @@ Columns go in the order of falling H[i, i] (act-order), scales are fixed beforeh
 original weight (so groups keep their columns), and the diagonal is damped by a share of its mean,
 ten times more after each failed
 factorization.
-Departure: the result is kept only if its error tr((W - Q) H (W - Q)^T) is below that of round-to-
-    nearest.
+
+**What is aimed at.** In front of a layer the quantized model has inputs x' where the float model
+has x, since the layers before are rounded already. The weight that makes the most of them is
+
+    W* = argmin sum ||W x - W* x'||^2 = W C H^-1,          C = sum x x'^T,  H = sum x' x'^T
+
+(GPTAQ, arXiv:2504.02692, minimizes the same; here the float weight is moved before it is rounded).
+On a small calibration text W* also follows what only that text has, so the aim A goes a share of
+the way: A = W + AIM_SHARE (W* - W).
+
+Departure: the result is kept only if its error tr((A - Q) H (A - Q)^T) is below that of W rounded
+to nearest.
 """
 
 from __future__ import annotations
@@ -28,6 +38,8 @@ from rolora.scheme import WeightSpec
 _BLOCK_COLUMNS = 128
 _DAMPING = 0.01
 _DAMPING_TRIES = 4
+AIM_SHARE = 0.5
+"""Perplexity ratio of SmolLM2-135M in W4A4 on 4,096 tokens: 1.88 at 0, 1.59 at 0.5."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +51,27 @@ class GptqResult:
     scale: Tensor
     """float32 [out] or [out, groups]."""
     error: float
-    """tr((W - Q) H (W - Q)^T) over tr(W H W^T); 0 where the output is."""
+    """tr((A - Q) H (A - Q)^T) over tr(A H A^T), A the aim; 0 where that output is."""
     rtn_error: float
     """The same of round-to-nearest with the same scales."""
     energy: float
-    """tr(W H W^T), the weight of these errors among those of other rows."""
+    """tr(A H A^T), the weight of these errors among those of other rows."""
 
 
 class Gptq:
     """Rounds the rows of weights that read one input, which is factorized once.
 
     Args:
-        hessian: float32 [in, in], sum of x x^T over calibration inputs x.
+        hessian: float32 [in, in], sum of x' x'^T over calibration inputs x' of the quantized model.
+        cross: float32 [in, in], sum of x x'^T, x the float model's inputs; None aims at the weight
+            itself.
 
     Raises:
         ValueError: The Hessian is not square, not finite, or cannot be factorized even with strong
-            damping.
+            damping; or the cross moments have another size or are not finite.
     """
 
-    def __init__(self, hessian: Tensor) -> None:
+    def __init__(self, hessian: Tensor, cross: Tensor | None = None) -> None:
         if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
             raise ValueError(f"Hessian: expected a square matrix, got {list(hessian.shape)}")
         if not torch.isfinite(hessian).all():
@@ -65,9 +79,25 @@ class Gptq:
                 "Hessian has NaN or infinite values; check the calibration text and the model's "
                 "weights"
             )
+        if cross is not None and (cross.shape != hessian.shape or not torch.isfinite(cross).all()):
+            raise ValueError(
+                f"cross moments: expected finite {list(hessian.shape)}, got {list(cross.shape)}"
+            )
         self._hessian = hessian
+        self._drift = None if cross is None else cross - hessian
         self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         self._factor = _inverse_factor(hessian[self._order][:, self._order])
+
+    def _aim(self, weight: Tensor) -> Tensor:
+        """Return A for a weight, float32 [out, in]."""
+        if self._drift is None:
+            return weight
+        change = weight @ self._drift
+        # The factor is that of the damped inverse, and the damping pulls W* towards W.
+        step = (change[:, self._order] @ self._factor.t()) @ self._factor
+        aim = weight.clone()
+        aim[:, self._order] += AIM_SHARE * step
+        return aim
 
     def round(self, weight: Tensor, spec: WeightSpec, *, clip_search: bool) -> GptqResult:
         """Round rows with GPTQ, or to nearest where that is better for all of them together.
@@ -86,7 +116,7 @@ class Gptq:
                 f"Hessian: expected [{columns}, {columns}], got {list(self._hessian.shape)}"
             )
         nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
-        weight = weight.detach().float()
+        weight = self._aim(weight.detach().float())
         wide_scale = _per_column(scale, columns)
         rounded = torch.empty_like(nearest)
         rounded[:, self._order] = _round_columns(

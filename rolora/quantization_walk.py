@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rolora.block_stream import BlockStream, KnownRows, tokens_in
+from rolora.block_stream import BlockStream, KnownRows, Moments, rows_of, tokens_in
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.calibration import RangeObserver
 from rolora.decoder import BlockNames, DecoderNames
@@ -47,7 +47,7 @@ class QuantizationWalk:
 
     - of the float model, whose ranges become the static scales that are not known yet (no forward
       pass of the whole model is needed, and the scales are those that one would give);
-    - of the quantized model, for GPTQ.
+    - of both models, for GPTQ, which also makes up for what the layers before were rounded by.
 
     Args:
         model: A float32 decoder with an untied head; norms may or may not be folded. Online
@@ -130,16 +130,19 @@ class QuantizationWalk:
             ValueError: See `quantize_decoder`.
         """
         observers = {fqn: RangeObserver() for fqn in block.linears() if fqn in self._static}
-        if FLOAT in self._streams:
-            self._streams[FLOAT].advance(block, observers)
-        known = {**self._known, **observers}
         stream = self._streams.get(QUANTIZED)
+        with_gptq = [] if stream is None else self._calibrated_inputs(block)
+        float_inputs: dict[str, list[Tensor]] = {}
+        if FLOAT in self._streams:
+            float_inputs = self._streams[FLOAT].advance(block, observers, with_gptq)
+        known = {**self._known, **observers}
         errors: list[LayerError] = []
         for readers in block.shared_inputs():
             plans = [self._plans[fqn] for fqn in readers if fqn in self._plans]
             gptq = None
-            if stream and any(plan.weight.bits != UNQUANTIZED_BITS for plan in plans):
-                gptq = _factorized(stream.hessian(block, readers[0]), readers[0])
+            if stream is not None and readers[0] in float_inputs:
+                moments = stream.moments(block, readers[0], float_inputs.pop(readers[0]))
+                gptq = _factorized(moments, readers[0])
             for plan in plans:
                 errors.append(quantize_linear(self._model, plan, self._recipe, gptq, known))
                 self._progress(plan.fqn)
@@ -175,7 +178,7 @@ class QuantizationWalk:
             if QUANTIZED not in self._streams:
                 q, scale = self._round(fqn, chunk, plan.weight)
             else:
-                gptq = gptq or _factorized(self._head_hessian(), fqn)
+                gptq = gptq or _factorized(self._head_moments(), fqn)
                 results.append(self._round_gptq(fqn, gptq, chunk, plan.weight))
                 q, scale = results[-1].q, results[-1].scale
             squares += squared_norms(chunk, q, scale, plan.weight)
@@ -224,9 +227,10 @@ class QuantizationWalk:
             stream.states = [state[f"{name}.{i}"] for i in range(len(stream.states))]
 
     def _open_streams(self, tokens: Tensor, float_rows: Tensor, seen_rows: Tensor) -> None:
-        if self._static:
+        with_gptq = self._recipe.weights is WeightMethod.GPTQ
+        if self._static or with_gptq:
             self._streams[FLOAT] = self._stream(tokens, float_rows)
-        if self._recipe.weights is WeightMethod.GPTQ:
+        if with_gptq:
             self._streams[QUANTIZED] = self._stream(tokens, seen_rows)
 
     def _stream(self, tokens: Tensor, rows: Tensor) -> BlockStream:
@@ -244,14 +248,21 @@ class QuantizationWalk:
         except ValueError as error:
             raise ValueError(f"{fqn}: {error}") from error
 
-    def _head_hessian(self) -> Tensor:
-        """Return the second moments of the quantized model's normed states, float32 [K, K]."""
+    def _calibrated_inputs(self, block: BlockNames) -> list[str]:
+        """Return the linears that stand for the inputs of weights that GPTQ rounds."""
+        return [
+            readers[0] for readers in block.shared_inputs() if any(map(self.quantizes, readers))
+        ]
+
+    def _head_moments(self) -> Moments:
+        """Return the second moments of the normed states, of the quantized and the float model."""
         norm = self._model.get_submodule(self._names.final_norm)
-        moments = torch.zeros(self._names.hidden_size, self._names.hidden_size)
+        moments = Moments()
+        streams = (self._streams[name].states for name in (QUANTIZED, FLOAT))
         with torch.inference_mode():
-            for state in self._streams[QUANTIZED].states:
-                x = norm(state).reshape(-1, self._names.hidden_size).float()
-                moments.addmm_(x.t(), x)
+            for own, other in zip(*streams, strict=True):
+                moments.add(rows_of(norm(own)), rows_of(norm(other)))
+        moments.require_any(self._names.head)
         return moments
 
     def _head_observers(self, plan: LayerPlan) -> Mapping[str, RangeObserver]:
@@ -266,9 +277,9 @@ class QuantizationWalk:
         return {plan.observed: observer}
 
 
-def _factorized(hessian: Tensor, fqn: str) -> Gptq:
+def _factorized(moments: Moments, fqn: str) -> Gptq:
     try:
-        return Gptq(hessian)
+        return Gptq(moments.hessian, moments.cross)
     except ValueError as error:
         raise ValueError(f"{fqn}: {error}") from error
 

@@ -50,6 +50,16 @@ def moments(inputs: list[Tensor]) -> Tensor:
     return x.t() @ x
 
 
+def hessian(stream: BlockStream, block: BlockNames, fqn: str) -> Tensor:
+    """Return the second moments of a linear's input; the stream stays where it is."""
+    states = stream.states
+    inputs = stream.advance(block, kept=[fqn])[fqn]
+    stream.states = states
+    moments = stream.moments(block, fqn, inputs)
+    assert torch.equal(moments.cross, moments.hessian)
+    return moments.hessian
+
+
 def assert_moments(got: Tensor, inputs: list[Tensor]) -> None:
     expected = moments(inputs)
     assert got.dtype == torch.float32
@@ -71,7 +81,7 @@ def test_states_and_moments_are_those_of_the_full_forward(
         for got, expected in zip(stream.states, seen[fqn], strict=True):
             assert torch.equal(got, expected)
         for linear in linears(block):
-            assert_moments(stream.hessian(block, linear), seen[linear])
+            assert_moments(hessian(stream, block, linear), seen[linear])
         stream.advance(block)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -82,7 +92,7 @@ def test_moments_of_another_block_are_others(make_decoder: MakeDecoder) -> None:
     seen = full_forward_inputs(decoder.model, [first.query, second.query])
     stream = BlockStream(decoder.model, decoder.names, BATCHES)
     with pytest.raises(AssertionError, match="not close"):
-        assert_moments(stream.hessian(first, first.query), seen[second.query])
+        assert_moments(hessian(stream, first, first.query), seen[second.query])
 
 
 @pytest.mark.parametrize("kind", RotationKind)
@@ -95,7 +105,7 @@ def test_moments_are_taken_behind_the_online_rotation(
     plan = RotationPlan.draw(decoder.names, [RotationName.R4], kind, seed=1)
     install_online_rotations(decoder.model, plan, decoder.names)
     assert plan.r4 is not None
-    got = BlockStream(decoder.model, decoder.names, BATCHES).hessian(block, block.down)
+    got = hessian(BlockStream(decoder.model, decoder.names, BATCHES), block, block.down)
     assert_moments(got, [x @ plan.r4.dense() for x in plain])
     with pytest.raises(AssertionError, match="not close"):
         assert_moments(got, plain)
@@ -110,16 +120,38 @@ def test_a_block_sees_what_the_changed_blocks_before_it_make(make_decoder: MakeD
     up = model.get_submodule(first.up)
     model.get_submodule(first.up.rpartition(".")[0]).up_proj = nn.Sequential(up, nn.ReLU())
     after = full_forward_inputs(model, [first.down, second.query])
-    got = stream.hessian(first, first.down)
+    got = hessian(stream, first, first.down)
     assert_moments(got, after[first.down])
     with pytest.raises(AssertionError, match="not close"):
         assert_moments(got, before[first.down])
     # ... and after the advance by the next block.
     stream.advance(first)
-    got = stream.hessian(second, second.query)
+    got = hessian(stream, second, second.query)
     assert_moments(got, after[second.query])
     with pytest.raises(AssertionError, match="not close"):
         assert_moments(got, before[second.query])
+
+
+def test_cross_moments_pair_each_token_of_two_models(make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder("llama")
+    model, block = decoder.model, decoder.names.blocks[0]
+    streams = [BlockStream(model, decoder.names, BATCHES) for _ in range(2)]
+    before = full_forward_inputs(model, [block.down])[block.down]
+    kept = streams[0].advance(block, kept=[block.query, block.down])
+    assert [len(inputs) for inputs in kept.values()] == [len(BATCHES)] * 2
+    up = model.get_submodule(block.up)
+    model.get_submodule(block.up.rpartition(".")[0]).up_proj = nn.Sequential(up, nn.ReLU())
+    after = full_forward_inputs(model, [block.down])[block.down]
+    got = streams[1].moments(block, block.down, kept[block.down])
+    assert_moments(got.hessian, after)
+    x, own = (
+        torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs]).double()
+        for inputs in (before, after)
+    )
+    bound = 40 * torch.finfo(torch.float32).eps * float((x.t() @ x).diagonal().max())
+    torch.testing.assert_close(got.cross.double(), x.t() @ own, rtol=0, atol=bound)
+    with pytest.raises(AssertionError, match="not close"):  # the control: x' x^T is another
+        torch.testing.assert_close(got.cross.double(), own.t() @ x, rtol=0, atol=bound)
 
 
 def test_without_batches_the_linear_is_named(make_decoder: MakeDecoder) -> None:
@@ -127,7 +159,7 @@ def test_without_batches_the_linear_is_named(make_decoder: MakeDecoder) -> None:
     block = decoder.names.blocks[0]
     stream = BlockStream(decoder.model, decoder.names, [])
     with pytest.raises(ValueError, match=rf"{block.query}: no calibration input"):
-        stream.hessian(block, block.query)
+        stream.moments(block, block.query, [])
 
 
 def test_a_forward_that_fails_leaves_no_hook(make_decoder: MakeDecoder) -> None:

@@ -221,6 +221,50 @@ def test_group_scales_stay_with_their_columns() -> None:
     assert not torch.equal(result.q, wrong)
 
 
+def drifted(x: Tensor, seed: int, share: float = 0.3) -> Tensor:
+    """Return inputs that a quantized model might have where the float one has `x`."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return 0.9 * x + share * x.std(dim=0) * noise
+
+
+def test_the_aim_is_a_share_of_the_way_to_the_best_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = correlated_inputs(24, 3)
+    own = drifted(x, 1)
+    weight, hessian = random_weight(5, 24, 0), moments(own)
+    cross = (x.double().t() @ own.double()).float()
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(24)
+    best = weight + weight.double() @ (cross - hessian).double() @ torch.linalg.inv(damped)
+    for share in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(gptq, "AIM_SHARE", share)
+        result = Gptq(hessian, cross).round(weight, WeightSpec(8), clip_search=False)
+        aim = (weight + share * (best - weight)).float()
+        expected = slow_reference(aim, hessian, result.scale, 8)
+        # A tie may fall the other way in float32.
+        assert float((result.q != expected).double().mean()) < 0.02
+        assert result.error == pytest.approx(
+            output_error(aim, result.q, result.scale, hessian), rel=1e-3
+        )
+
+
+def test_the_aim_brings_the_output_nearer_to_the_float_models() -> None:
+    x = correlated_inputs(48, 5)
+    own = drifted(x, 2)
+    weight, hessian = random_weight(6, 48, 1), moments(own)
+    cross = (x.double().t() @ own.double()).float()
+
+    def distance(result: gptq.GptqResult) -> float:
+        wide = (result.q.double() * spread(result.scale, 48)).float()
+        return float((x @ weight.t() - own @ wide.t()).square().sum())
+
+    spec = WeightSpec(4)
+    with_aim = Gptq(hessian, cross).round(weight, spec, clip_search=True)
+    without = Gptq(hessian).round(weight, spec, clip_search=True)
+    assert distance(with_aim) < 0.9 * distance(without)
+    # Where nothing drifted there is nothing to make up for.
+    same = Gptq(hessian, hessian).round(weight, spec, clip_search=True)
+    assert torch.equal(same.q, without.q)
+
+
 def test_an_output_of_zeros_has_no_error() -> None:
     for weight, hessian in (
         (torch.zeros(3, 8), torch.eye(8)),
@@ -240,6 +284,9 @@ def test_what_does_not_fit_is_refused() -> None:
         hessian[2, 3] = bad
         with pytest.raises(ValueError, match="Hessian has NaN or infinite"):
             Gptq(hessian).round(weight, spec, clip_search=True)
+    for cross in (torch.eye(7), torch.full((8, 8), torch.nan)):
+        with pytest.raises(ValueError, match="cross moments: expected finite"):
+            Gptq(torch.eye(8), cross)
     with pytest.raises(ValueError, match="got shape"):
         Gptq(torch.eye(8)).round(weight[0], spec, clip_search=True)
     with pytest.raises(ValueError, match="group size 16 does not divide the 8"):
