@@ -1,14 +1,17 @@
 """Speed of an exported directory: prompt, decode, first token, memory, size, load time.
 
 Each run starts from an empty cache: one prompt, then tokens one by one, as a caller of plain ONNX
-Runtime would do it. The figures are medians over the runs; what a run took is reported too.
+Runtime would do it; or several sequences of one length at once. The figures are medians over the
+runs, with the least and the greatest beside them; what each run took is reported too.
+
+This module needs numpy and onnxruntime only.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ class BenchSettings:
     new_tokens: int = 128
     runs: int = 5
     threads: int | None = None
+    batch: int = 1
+    """Sequences that are prompted and go on together."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -37,7 +42,7 @@ class BenchSettings:
             ConfigError: A count is below 1.
         """
         threads = 1 if self.threads is None else self.threads
-        if min(self.prompt_tokens, self.new_tokens, self.runs, threads) < 1:
+        if min(self.prompt_tokens, self.new_tokens, self.runs, threads, self.batch) < 1:
             raise ConfigError(f"bench: every count must be at least 1, got {asdict(self)}")
 
 
@@ -47,6 +52,16 @@ class BenchRun:
 
     prefill_s: float
     decode_s: float
+
+
+def prefill_rates(settings: BenchSettings, runs: Sequence[BenchRun]) -> list[float]:
+    """Return the prompt tokens per second of each run, over all sequences."""
+    return [settings.batch * settings.prompt_tokens / run.prefill_s for run in runs]
+
+
+def decode_rates(settings: BenchSettings, runs: Sequence[BenchRun]) -> list[float]:
+    """Return the new tokens per second of each run, over all sequences."""
+    return [settings.batch * settings.new_tokens / run.decode_s for run in runs]
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,26 @@ class BenchReport:
     @property
     def prefill_tokens_per_s(self) -> float:
         """Prompt tokens per second, median."""
-        return self.settings.prompt_tokens / self.time_to_first_token_s
+        tokens = self.settings.batch * self.settings.prompt_tokens
+        return tokens / self.time_to_first_token_s
 
     @property
     def decode_tokens_per_s(self) -> float:
         """New tokens per second after the first, median."""
-        return self.settings.new_tokens / statistics.median(run.decode_s for run in self.runs)
+        tokens = self.settings.batch * self.settings.new_tokens
+        return tokens / statistics.median(run.decode_s for run in self.runs)
+
+    @property
+    def spread(self) -> dict[str, tuple[float, float]]:
+        """Least and greatest of each figure that is a median."""
+        firsts = [run.prefill_s for run in self.runs]
+        prefill = prefill_rates(self.settings, self.runs)
+        decode = decode_rates(self.settings, self.runs)
+        return {
+            "prefill_tokens_per_s": (min(prefill), max(prefill)),
+            "decode_tokens_per_s": (min(decode), max(decode)),
+            "time_to_first_token_s": (min(firsts), max(firsts)),
+        }
 
     @property
     def time_to_first_token_s(self) -> float:
@@ -85,6 +114,7 @@ class BenchReport:
             "load_s": self.load_s,
             "peak_rss_bytes": self.peak_rss_bytes,
             "file_bytes": self.file_bytes,
+            "spread": self.spread,
             "settings": asdict(self.settings),
             "runs": [asdict(run) for run in self.runs],
         }
@@ -127,13 +157,12 @@ def bench_onnx(
 
 def measure_run(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
     """Time one prompt and its continuation; tokens are random, seeded, and equal in every run."""
-    ids = np.random.default_rng(0).integers(
-        0, decoder.vocab_size, settings.prompt_tokens + settings.new_tokens
-    )
-    decoder.start(capacity=len(ids))
+    prompt, count = settings.prompt_tokens, settings.prompt_tokens + settings.new_tokens
+    ids = np.random.default_rng(0).integers(0, decoder.vocab_size, (settings.batch, count))
+    decoder.start(capacity=count, batch=settings.batch)
     started = time.perf_counter()
-    decoder.append(ids[None, : settings.prompt_tokens], last_only=True)
+    decoder.append(ids[:, :prompt], last_only=True)
     prefilled = time.perf_counter()
-    for position in range(settings.prompt_tokens, len(ids)):
-        decoder.append(ids[None, position : position + 1])
+    for position in range(prompt, count):
+        decoder.append(ids[:, position : position + 1])
     return BenchRun(prefilled - started, time.perf_counter() - prefilled)

@@ -17,8 +17,8 @@ class FakeDecoder:
         self.calls: list[np.ndarray] = []
         self.capacity = 0
 
-    def start(self, capacity: int) -> None:
-        self.capacity = capacity
+    def start(self, capacity: int, batch: int) -> None:
+        self.capacity, self.batch = capacity, batch
 
     def append(self, ids: np.ndarray, *, last_only: bool = False) -> None:
         self.calls.append(ids)
@@ -36,6 +36,17 @@ def test_a_run_is_one_prompt_and_its_tokens_one_by_one_and_always_the_same() -> 
         assert a.max() < 11
 
 
+def test_a_batch_goes_on_together_and_counts_all_its_tokens() -> None:
+    decoder = FakeDecoder()
+    settings = BenchSettings(prompt_tokens=7, new_tokens=2, batch=4)
+    measure_run(decoder, settings)  # type: ignore[arg-type]
+    assert decoder.batch == 4
+    assert [call.shape for call in decoder.calls] == [(4, 7), (4, 1), (4, 1)]
+    report = BenchReport("m", settings, 0.5, (BenchRun(2.0, 4.0),), 10, 20)
+    assert report.prefill_tokens_per_s == 14.0
+    assert report.decode_tokens_per_s == 2.0
+
+
 def test_figures_are_medians() -> None:
     runs = (BenchRun(1.0, 2.0), BenchRun(4.0, 8.0), BenchRun(100.0, 100.0))
     settings = BenchSettings(prompt_tokens=20, new_tokens=40, runs=3)
@@ -43,10 +54,13 @@ def test_figures_are_medians() -> None:
     assert report.prefill_tokens_per_s == 5.0
     assert report.decode_tokens_per_s == 5.0
     assert report.to_dict()["time_to_first_token_s"] == 4.0
+    assert report.spread["prefill_tokens_per_s"] == (0.2, 20.0)
+    assert report.spread["decode_tokens_per_s"] == (0.4, 20.0)
+    assert report.spread["time_to_first_token_s"] == (1.0, 100.0)
     assert report.to_dict()["runs"][2] == {"prefill_s": 100.0, "decode_s": 100.0}
 
 
-@pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "runs"])
+@pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "runs", "batch"])
 def test_counts_below_one_are_refused(field: str) -> None:
     with pytest.raises(ConfigError, match="every count must be at least 1"):
         BenchSettings(**{field: 0})

@@ -54,3 +54,20 @@ def test_releasing_twice_does_no_harm_and_the_peak_never_falls() -> None:
     release_free_memory()
     release_free_memory()
     assert peak_memory_bytes() >= before > 10_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_the_peak_is_a_program_s_own_and_not_that_of_the_process_that_started_it() -> None:
+    ballast = bytearray(300_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    program = "from deploy.memory import peak_memory_bytes as peak; a = peak(); b = b'x' * 10**8; "
+    result = subprocess.run(
+        [sys.executable, "-c", program + "print(a, peak())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, result.stdout.split())
+    assert peak_memory_bytes() > 300_000_000
+    assert before < 100_000_000 < after
