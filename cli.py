@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -960,30 +961,56 @@ def bench_command(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 128,
     runs: Annotated[int, typer.Option(help="Runs; the figures are medians.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads. Default: what ONNX Runtime chooses; with --against or --profile the "
+            "processors this process may use."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences that go on together.")] = 1,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Peers to measure in turn with it, separated by commas: genai-int4, genai-int8, "
+            "genai-fp32 (built by onnxruntime-genai), genai:DIRECTORY, llama.cpp:Q8_0 or another "
+            "type (MODEL's file in --peer-cache), llama.cpp:FILE.gguf."
+        ),
+    ] = None,
+    peer_model: Annotated[
+        str | None,
+        typer.Option(help="Float model of the peers. Default: the one that the export came from."),
+    ] = None,
+    peer_cache: Annotated[
+        Path | None, typer.Option(help="Keeps built peers. Default: ~/.cache/rolora/peers.")
+    ] = None,
+    llama_cpp: Annotated[
+        str | None,
+        typer.Option("--llama-cpp", help="A Python that has llama-cpp-python, for its peers."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure prompt and decode speed, time to first token, memory and size of an export."""
     from deploy.bench import BenchSettings, bench_onnx
 
-    with stderr.status("measuring") as status:
-        report = bench_onnx(
-            model,
-            BenchSettings(prompt_tokens, new_tokens, runs, threads),
-            lambda done: status.update(f"run {done} of {runs}"),
-        )
-    _finish(
-        report.to_dict(),
-        as_json,
-        [
-            ("prefill", f"{report.prefill_tokens_per_s:.0f} tokens/s"),
-            ("decode", f"{report.decode_tokens_per_s:.1f} tokens/s"),
-            ("time to first token", f"{report.time_to_first_token_s:.3f} s"),
-            ("load", f"{report.load_s:.2f} s"),
-            ("peak memory", _megabytes(report.peak_rss_bytes)),
-            ("files", _megabytes(report.file_bytes)),
-        ],
-    )
+    settings = BenchSettings(prompt_tokens, new_tokens, runs, threads, batch)
+    if against is None:
+        given = {"--peer-model": peer_model, "--peer-cache": peer_cache, "--llama-cpp": llama_cpp}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{', '.join(unused)}: only --against takes peers")
+        with stderr.status("measuring") as status:
+            report = bench_onnx(
+                model, settings, lambda done: status.update(f"run {done} of {runs}")
+            )
+        _finish(report.to_dict(), as_json, report.rows())
+        return
+    from deploy.bench_against import COLUMNS, bench_against
+    from deploy.bench_peers import PeerSettings, parse_peers
+
+    peers = PeerSettings(parse_peers(against), peer_model, peer_cache, llama_cpp)
+    with stderr.status("starting") as status:
+        comparison = bench_against(model, settings, peers, lambda step: status.update(step))
+    _finish_table(comparison.to_dict(), as_json, COLUMNS, comparison.rows())
 
 
 @app.command("inspect")
@@ -1156,6 +1183,19 @@ def _finish(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) 
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    stdout.print(table, markup=False)
+
+
+def _finish_table(
+    result: dict[str, Any], as_json: bool, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print a result: as JSON, or as a table with a head."""
+    if as_json:
+        _print_json(result)
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
     stdout.print(table, markup=False)
 
 

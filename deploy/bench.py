@@ -104,6 +104,21 @@ class BenchReport:
         """Seconds from the prompt to the first token, median."""
         return statistics.median(run.prefill_s for run in self.runs)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the figures as (name, text) rows."""
+        prefill, decode = (
+            "{:.0f} to {:.0f}".format(*self.spread[f"{phase}_tokens_per_s"])
+            for phase in ("prefill", "decode")
+        )
+        return [
+            ("prefill", f"{self.prefill_tokens_per_s:.0f} tokens/s, runs {prefill}"),
+            ("decode", f"{self.decode_tokens_per_s:.1f} tokens/s, runs {decode}"),
+            ("time to first token", f"{self.time_to_first_token_s:.3f} s"),
+            ("load", f"{self.load_s:.2f} s"),
+            ("peak memory", f"{self.peak_rss_bytes / 1e6:.1f} MB"),
+            ("files", f"{self.file_bytes / 1e6:.1f} MB"),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return {

@@ -138,6 +138,8 @@ def export_onnx(
                     checks={"parity": parity.to_dict()},
                     details={
                         "scheme": checkpoint.manifest.details.get("scheme"),
+                        "model": checkpoint.manifest.config.get("model"),
+                        "model_digest": checkpoint.manifest.parents.get("model"),
                         "operators": operators,
                     },
                 ),
