@@ -63,13 +63,13 @@ def test_an_export_names_its_model_and_the_checkpoint_beside_an_older_one_does(
     beside = copy_with_details(base / "onnx", base / "older", **old)
     assert recorded_model(beside) == str(base / "model")
     alone = copy_with_details(base / "onnx", tmp_path / "alone" / "onnx", **old)
-    with pytest.raises(ConfigError, match="does not say which model.*--peer-model"):
+    with pytest.raises(ConfigError, match=r"does not say which model.*--peer-model"):
         recorded_model(alone)
     other = copy_with_details(base / "onnx", tmp_path / "other", model_digest="0" * 64)
     with pytest.raises(ConfigError, match=r"is another \(digest .*expected 000000000000"):
         recorded_model(other)
     gone = copy_with_details(base / "onnx", tmp_path / "gone", model="./absent.gguf")
-    with pytest.raises(ConfigError, match="is not there now .*--peer-model"):
+    with pytest.raises(ConfigError, match=r"is not there now .*--peer-model"):
         recorded_model(gone)
     with pytest.raises(StageOrderError, match="kind onnx"):
         recorded_model(base / "checkpoint")
