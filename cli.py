@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deploy.errors import ConfigError, RoloraError
+
+if TYPE_CHECKING:
+    from deploy.bench import BenchReport
 
 app = typer.Typer(
     name="rolora",
@@ -988,12 +991,23 @@ def bench_command(
         str | None,
         typer.Option("--llama-cpp", help="A Python that has llama-cpp-python, for its peers."),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a JSON file that says which operators the time goes to, and how far that "
+            "is from what this machine allows."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure prompt and decode speed, time to first token, memory and size of an export."""
-    from deploy.bench import BenchSettings, bench_onnx
+    from deploy.bench import BenchSettings, bench_onnx, fix_threads
+    from deploy.report_file import require_place
 
+    require_place("--profile", profile)
     settings = BenchSettings(prompt_tokens, new_tokens, runs, threads, batch)
+    if profile is not None:
+        settings = fix_threads(settings)
     if against is None:
         given = {"--peer-model": peer_model, "--peer-cache": peer_cache, "--llama-cpp": llama_cpp}
         if unused := [name for name, value in given.items() if value is not None]:
@@ -1003,14 +1017,17 @@ def bench_command(
                 model, settings, lambda done: status.update(f"run {done} of {runs}")
             )
         _finish(report.to_dict(), as_json, report.rows())
-        return
-    from deploy.bench_against import COLUMNS, bench_against
-    from deploy.bench_peers import PeerSettings, parse_peers
+    else:
+        from deploy.bench_against import COLUMNS, bench_against
+        from deploy.bench_peers import PeerSettings, parse_peers
 
-    peers = PeerSettings(parse_peers(against), peer_model, peer_cache, llama_cpp)
-    with stderr.status("starting") as status:
-        comparison = bench_against(model, settings, peers, lambda step: status.update(step))
-    _finish_table(comparison.to_dict(), as_json, COLUMNS, comparison.rows())
+        peers = PeerSettings(parse_peers(against), peer_model, peer_cache, llama_cpp)
+        with stderr.status("starting") as status:
+            comparison = bench_against(model, settings, peers, lambda step: status.update(step))
+        report = comparison.reports[comparison.ours]
+        _finish_table(comparison.to_dict(), as_json, COLUMNS, comparison.rows())
+    if profile is not None:
+        _profile(model, report, profile, as_json)
 
 
 @app.command("inspect")
@@ -1063,6 +1080,22 @@ def demo_command(
         f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'",
         markup=False,
     )
+
+
+def _profile(model: Path, report: BenchReport, output: Path, as_json: bool) -> None:
+    """Record the operators of an export that was just measured."""
+    from deploy.bench_profile import PROFILE_COLUMNS, profile_onnx
+    from deploy.report_file import write_report
+
+    with stderr.status("starting") as status:
+        profile = profile_onnx(model, report, lambda step: status.update(step))
+    write_report(output, profile.to_dict())
+    if as_json:
+        return
+    for name, phase in (("prefill", profile.prefill), ("decode", profile.decode)):
+        stdout.print(f"\n{name}", markup=False)
+        _finish_table({}, False, PROFILE_COLUMNS, phase.rows())
+    _finish({}, False, profile.rows())
 
 
 def _export_onnx(

@@ -9,10 +9,11 @@ This module needs numpy and onnxruntime only.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ class BenchSettings:
         threads = 1 if self.threads is None else self.threads
         if min(self.prompt_tokens, self.new_tokens, self.runs, threads, self.batch) < 1:
             raise ConfigError(f"bench: every count must be at least 1, got {asdict(self)}")
+
+
+def fix_threads(settings: BenchSettings) -> BenchSettings:
+    """Return settings whose threads, if none are given, are the processors at hand."""
+    if settings.threads is not None:
+        return settings
+    usable = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
+    return replace(settings, threads=count)
 
 
 @dataclass(frozen=True)

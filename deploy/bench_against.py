@@ -16,12 +16,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from deploy.artifact import ArtifactKind, read_manifest
-from deploy.bench import BenchReport, BenchRun, BenchSettings, decode_rates, prefill_rates
+from deploy.bench import (
+    BenchReport,
+    BenchRun,
+    BenchSettings,
+    decode_rates,
+    fix_threads,
+    prefill_rates,
+)
 from deploy.bench_peers import PeerSettings, Runtime, Subject, prepare_peers
 from deploy.errors import ArtifactError, ConfigError
 
@@ -127,8 +134,7 @@ def bench_against(
         ArtifactError: A model cannot be loaded or fails.
     """
     read_manifest(export, ArtifactKind.ONNX)
-    if settings.threads is None:
-        settings = replace(settings, threads=usable_processors())
+    settings = fix_threads(settings)
     subjects = [Subject("ours", Runtime.ONNX, export), *prepare_peers(export, peers, progress)]
     if peers.llama_python is None and any(s.runtime is Runtime.LLAMA for s in subjects):
         raise ConfigError(
@@ -136,13 +142,6 @@ def bench_against(
             "environment of its own: python -m venv llama && llama/bin/pip install llama-cpp-python"
         )
     return measure_in_turn(subjects, settings, peers.llama_python, progress)
-
-
-def usable_processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def measure_in_turn(

@@ -37,12 +37,16 @@ class OnnxDecoder:
     Args:
         directory: Holds the graph or graphs, their data, and `genai_config.json`.
         threads: Threads per operator; None leaves the choice to ONNX Runtime.
+        profiles: Directory that receives ONNX Runtime's record of every operator; see
+            `end_profiling`.
 
     Raises:
         ArtifactError: A file is missing or ONNX Runtime cannot load the graph.
     """
 
-    def __init__(self, directory: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, threads: int | None = None, profiles: Path | None = None
+    ) -> None:
         try:
             described = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))
             model = described["model"]
@@ -61,8 +65,9 @@ class OnnxDecoder:
                 f"{directory / GENAI_CONFIG_NAME}: not readable as a decoder's configuration "
                 f"({error!r}); export again"
             ) from error
-        self._directory, self._threads = directory, threads
-        self._prompt = self._open(PROMPT_NAME if phased else GRAPH_NAME)
+        self._directory, self._threads, self._profiles = directory, threads, profiles
+        self._prompt_name = PROMPT_NAME if phased else GRAPH_NAME
+        self._prompt = self._open(self._prompt_name)
         self._token = self._open(TOKEN_NAME) if phased else self._prompt
         self._last_logits = HIDDEN_NAME in (node.name for node in self._prompt.get_outputs())
         self._head: ort.InferenceSession | None = None
@@ -79,6 +84,9 @@ class OnnxDecoder:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if self._profiles is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profiles / name)
         path = self._directory / name
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -95,6 +103,29 @@ class OnnxDecoder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def end_profiling(self) -> tuple[Path, Path]:
+        """Finish the records: of the prompt graph and of the token graph, one file if they are one.
+
+        Returns:
+            Files of JSON, a list of events in the format of Chrome's trace viewer.
+        """
+        prompt = Path(self._prompt.end_profiling())
+        if self._token is self._prompt:
+            return prompt, prompt
+        return prompt, Path(self._token.end_profiling())
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that the keys and values of one token take, over all layers."""
+        size = np.dtype(self._cache_dtype).itemsize
+        return 2 * self._layers * self._kv_heads * self._head_size * size
+
+    @property
+    def graph_files(self) -> tuple[Path, Path]:
+        """The graph that takes prompts and the one that takes single tokens."""
+        token = self._prompt_name if self._token is self._prompt else TOKEN_NAME
+        return self._directory / self._prompt_name, self._directory / token
 
     def close(self) -> None:
         """Release the cache."""

@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.bench import BenchReport, BenchRun, BenchSettings, bench_onnx, measure_run
+from deploy.bench import (
+    BenchReport,
+    BenchRun,
+    BenchSettings,
+    bench_onnx,
+    fix_threads,
+    measure_run,
+)
 from deploy.errors import ConfigError, StageOrderError
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
@@ -70,6 +77,14 @@ def test_threads_below_one_are_refused() -> None:
     for threads in (0, -1):
         with pytest.raises(ConfigError, match="at least 1"):
             BenchSettings(threads=threads)
+
+
+def test_threads_that_are_not_given_are_the_processors_at_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 2, 5}, raising=False)
+    assert fix_threads(BenchSettings(9)) == BenchSettings(9, threads=3)
+    assert fix_threads(BenchSettings(threads=1)).threads == 1
 
 
 def test_an_export_is_measured_and_nothing_else(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from deploy.bench_against import (
     Worker,
     bench_against,
     measure_in_turn,
-    usable_processors,
 )
 from deploy.bench_peers import PeerSettings, Runtime, Subject
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
@@ -149,7 +148,3 @@ def test_a_model_that_cannot_run_is_named_with_the_reason(export: Path, tmp_path
         measure_in_turn([whole], long)
     with pytest.raises(StageOrderError, match="kind onnx"):
         bench_against(export.parent / "checkpoint", QUICK, PeerSettings(()))
-
-
-def test_threads_default_to_the_processors_at_hand() -> None:
-    assert usable_processors() >= 1
