@@ -1030,6 +1030,31 @@ def bench_command(
         _profile(model, report, profile, as_json)
 
 
+@app.command("parity")
+def parity_command(
+    model: Annotated[Path, typer.Option(help="What export wrote.")],
+    checkpoint: Annotated[Path, typer.Option(help="What it was exported from.")],
+    report: Annotated[
+        Path | None, typer.Option(help="Write every comparison to this JSON file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="Show every linear, not only those beyond their bound.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show, layer by layer, how an export departs from torch, and where first."""
+    from deploy.layer_parity import COLUMNS, report_on_export
+    from deploy.report_file import require_place, write_report
+
+    require_place("--report", report)
+    with stderr.status("comparing"):
+        found = report_on_export(model, checkpoint)
+    if report is not None:
+        write_report(report, found.to_dict())
+    _finish_table(found.to_dict(), as_json, COLUMNS, found.rows(every=every))
+    found.require_within_bounds()
+
+
 @app.command("inspect")
 def inspect_command(
     directory: Annotated[

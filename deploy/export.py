@@ -32,15 +32,15 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.calibration_text import sample_text
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
+from deploy.errors import ParityError, RoloraError
 from deploy.genai_config import genai_config
 from deploy.graph_builder import stored_initializers
 from deploy.kernels import GraphForm, Kernel, graph_forms
-from deploy.language_model import load_tokenizer
+from deploy.layer_parity import compare_layers
 from deploy.memory import peak_memory_bytes
-from deploy.parity import DECODE_STEPS, PROMPT_TOKENS, check_parity
+from deploy.parity import check_parity, parity_tokens
 from deploy.rotation_file import ROTATION_NAME
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
 
@@ -127,7 +127,13 @@ def export_onnx(
                 if path.is_file() and path.name not in _NOT_COPIED:
                     shutil.copyfile(path, directory / path.name)
             progress("checking parity with the torch reference")
-            parity = check_parity(checkpoint, directory, parity_tokens(checkpoint), forms)
+            ids = parity_tokens(checkpoint)
+            try:
+                parity = check_parity(checkpoint, directory, ids, forms)
+            except ParityError as error:
+                progress("looking for the layer that departs")
+                where = _first_departure(checkpoint, directory, ids)
+                raise ParityError(f"{error}; {where}") from error
             manifest = write_manifest(
                 directory,
                 Manifest(
@@ -145,6 +151,14 @@ def export_onnx(
                 ),
             )
     return ExportReport(output, manifest, peak_memory_bytes())
+
+
+def _first_departure(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> str:
+    """Say where graphs that failed their check depart, if that can be found out."""
+    try:
+        return compare_layers(checkpoint, directory, ids).describe_first()
+    except RoloraError as error:
+        return f"its layers cannot be compared ({error})"
 
 
 def write_graphs(
@@ -181,17 +195,6 @@ def write_graphs(
             operators[operator] = operators.get(operator, 0) + count
         stored = stored or stored_initializers(ir.load(directory / form.file))
     return _most_frequent_first(operators)
-
-
-def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
-    """Return the tokens that parity is measured on: the start of our evaluation sample, int64."""
-    tokenizer = load_tokenizer(checkpoint.directory)
-    ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    count = min(PROMPT_TOKENS + DECODE_STEPS, checkpoint.config.max_position_embeddings)
-    vocabulary: int = checkpoint.config.vocab_size
-    return np.asarray(ids[:count], dtype=np.int64) % vocabulary
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:

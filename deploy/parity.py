@@ -38,9 +38,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deploy.blocked_weights import blocked_layout, unpack_blocks
+from deploy.calibration_text import sample_text
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.errors import ParityError
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
+from deploy.language_model import load_tokenizer
 from deploy.session import OnnxDecoder
 from rolora.linear import QuantizedLinear
 
@@ -103,7 +105,7 @@ def check_parity(
     exact = check_exact_weights(checkpoint, directory, forms)
     prompt = max(1, len(ids) - DECODE_STEPS)
     model = checkpoint.load_model()
-    expected = _torch_logits(model, ids)
+    expected = torch_logits(model, ids)
     floor = noise_floor(model, checkpoint.names.embedding, ids, expected)
     by_nbits = [form.kernel is Kernel.NBITS for form in forms if not form.head_only]
     float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
@@ -179,7 +181,18 @@ def float_activation_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarr
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 hooks.callback(module.register_forward_hook(product).remove)
-        return _torch_logits(model, ids)
+        return torch_logits(model, ids)
+
+
+def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
+    """Return the tokens that parity is measured on: the start of our evaluation sample, int64."""
+    tokenizer = load_tokenizer(checkpoint.directory)
+    ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    count = min(PROMPT_TOKENS + DECODE_STEPS, checkpoint.config.max_position_embeddings)
+    vocabulary: int = checkpoint.config.vocab_size
+    return np.asarray(ids[:count], dtype=np.int64) % vocabulary
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -272,7 +285,8 @@ def _stored_integers(
     return unpack_blocks(np.frombuffer(tensor.tobytes(), np.uint8), blocked_layout(linears))
 
 
-def _torch_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+def torch_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Return the logits of a torch model, float32 [T, V], for int64 [T]."""
     with torch.inference_mode():
         logits: np.ndarray = model(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
     return logits
@@ -290,11 +304,11 @@ def noise_floor(
         expected: Its logits without perturbation, float32 [T, V].
     """
     generator = torch.Generator().manual_seed(0)
-    draws = (_perturbed_logits(model, embedding, ids, generator) for _ in range(DRAWS))
+    draws = (perturbed_logits(model, embedding, ids, generator) for _ in range(DRAWS))
     return max(relative_error(logits, expected) for logits in draws)
 
 
-def _perturbed_logits(
+def perturbed_logits(
     model: PreTrainedModel, embedding: str, ids: np.ndarray, generator: torch.Generator
 ) -> np.ndarray:
     """Return the logits with relative noise of size PERTURBATION on the embeddings."""
@@ -304,6 +318,6 @@ def _perturbed_logits(
 
     handle = model.get_submodule(embedding).register_forward_hook(perturb)
     try:
-        return _torch_logits(model, ids)
+        return torch_logits(model, ids)
     finally:
         handle.remove()

@@ -218,15 +218,19 @@ class OnnxDecoder:
     ) -> np.ndarray:
         """Run a graph over the cache, which `append` has already counted the tokens to."""
         binding = session.io_binding()
+        self._bind(binding, ids, mask)
+        binding.bind_output(output, "cpu")
+        session.run_with_iobinding(binding)
+        result: np.ndarray = binding.get_outputs()[-1].numpy()
+        return result
+
+    def _bind(self, binding: ort.IOBinding, ids: np.ndarray, mask: np.ndarray) -> None:
+        """Bind the inputs, and the cache as input and output."""
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
         binding.bind_cpu_input("attention_mask", mask.astype(np.int64))
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             binding.bind_ortvalue_output(f"present.{name}", buffer)
-        binding.bind_output(output, "cpu")
-        session.run_with_iobinding(binding)
-        result: np.ndarray = binding.get_outputs()[-1].numpy()
-        return result
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Run one sequence from the start.
