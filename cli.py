@@ -1043,7 +1043,8 @@ def parity_command(
     as_json: Json = False,
 ) -> None:
     """Show, layer by layer, how an export departs from torch, and where first."""
-    from deploy.layer_parity import COLUMNS, report_on_export
+    from deploy.layer_parity import report_on_export
+    from deploy.layer_report import COLUMNS
     from deploy.report_file import require_place, write_report
 
     require_place("--report", report)

@@ -44,8 +44,9 @@ from deploy.compressed_check import check_reader
 from deploy.compressed_reader import TRANSFORM_NAME, TRANSFORM_WEIGHT
 from deploy.compressed_scheme import compressed_scheme, describe_group
 from deploy.errors import ParityError, UnsupportedModelError
-from deploy.export import ExportFormat, parity_tokens
+from deploy.export import ExportFormat
 from deploy.memory import peak_memory_bytes
+from deploy.parity import parity_tokens
 from deploy.rotation_file import ROTATION_NAME
 from deploy.weight_files import CONFIG_NAME
 from rolora.affine import dequantize

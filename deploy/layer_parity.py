@@ -20,10 +20,8 @@ scheme's own rounding does to it, and the streams likewise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,125 +30,23 @@ from transformers import PreTrainedModel
 
 from deploy.artifact import ArtifactKind, read_manifest
 from deploy.checkpoint import Checkpoint
-from deploy.errors import ArtifactError, ConfigError, ParityError
+from deploy.errors import ArtifactError, ConfigError
+from deploy.layer_report import LayerReport, PartParity
 from deploy.parity import (
     CHANCE,
     DECODE_STEPS,
-    DRAWS,
     FLOOR_FACTOR,
     LEAST_BOUND,
     float_activation_logits,
     parity_tokens,
-    perturbed_logits,
     torch_logits,
 )
 from deploy.probed_decoder import ATTENTION, EMBEDDING, HEAD, MLP, LinearProbe, ProbedDecoder
+from deploy.stream_capture import STREAM, Values, capture, noise_floors, relative_size, with_streams
 from rolora.linear import QuantizedLinear
 
 ZERO_POINT = 128
-MOST_FLIPS = 1e-3
-"""Share of integers that may fall differently for equal inputs."""
-LEAST_FLIPS = 2
-STREAM = "stream"
 PREFILL, DECODE = "prefill", "decode"
-COLUMNS = ("layer", "phase", "part", "max abs", "relative", "bound", "integers", "")
-
-Values = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class PartParity:
-    """One comparison."""
-
-    layer: str
-    """`embedding`, the number of a block, or `head`."""
-    phase: str
-    part: str
-    """`embedding`, `attention`, `mlp`, `stream` after the block, or the linears of a product."""
-    max_abs: float
-    relative_error: float
-    bound: float
-    integers: int = 0
-    """Compared ones; 0 where there are none."""
-    integer_mismatches: int = 0
-    """Of a linear: for equal inputs. Of attention and MLP: of its linears' inputs in both runs."""
-    is_linear: bool = False
-
-    @property
-    def beyond(self) -> bool:
-        """Whether it lies outside its bound; NaN does."""
-        flips = max(LEAST_FLIPS, MOST_FLIPS * self.integers)
-        flipped = self.is_linear and self.integer_mismatches > flips
-        return flipped or not self.relative_error <= self.bound
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """All comparisons, in the order in which data flows, prompts first."""
-
-    parts: tuple[PartParity, ...]
-
-    @property
-    def first(self) -> PartParity | None:
-        """The first part beyond its bound; None if all lie within.
-
-        A linear that computes something else on equal inputs is sure, so it goes before streams.
-        """
-        found = [part for part in self.parts if part.beyond]
-        exact = [part for part in found if part.is_linear]
-        return min(exact or found, key=lambda part: _depth(part.layer), default=None)
-
-    def describe_first(self) -> str:
-        """Return a sentence on the first part beyond its bound."""
-        part = self.first
-        if part is None:
-            return "no layer by itself lies beyond its bound"
-        where = part.layer if not part.layer.isdigit() else f"layer {part.layer}"
-        flips = ""
-        if part.is_linear and part.integers:
-            flips = f", {part.integer_mismatches} of {part.integers} integers differ"
-        return (
-            f"the first to depart is {where}, {part.part}, at {part.phase}: relative error "
-            f"{part.relative_error:.3g}, bound {part.bound:.3g}{flips}"
-        )
-
-    def require_within_bounds(self) -> None:
-        """Refuse a report with a part beyond its bound.
-
-        Raises:
-            ParityError: It names the first one.
-        """
-        if self.first is not None:
-            raise ParityError(f"the export departs from torch; {self.describe_first()}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        first = self.first
-        return {
-            "first": None if first is None else asdict(first),
-            "parts": [asdict(part) | {"beyond": part.beyond} for part in self.parts],
-        }
-
-    def rows(self, *, every: bool = False) -> list[tuple[str, ...]]:
-        """Return a row of texts for each stream and each part beyond, or each part."""
-        return [
-            (
-                part.layer,
-                part.phase,
-                part.part,
-                f"{part.max_abs:.2e}",
-                f"{part.relative_error:.2e}",
-                f"{part.bound:.2e}",
-                f"{part.integer_mismatches}/{part.integers}" if part.integers else "",
-                "beyond" if part.beyond else "",
-            )
-            for part in self.parts
-            if every or part.beyond or not part.is_linear
-        ]
-
-
-def _depth(layer: str) -> float:
-    return {EMBEDDING: -1.0, HEAD: float("inf")}.get(layer) or float(layer)
 
 
 def report_on_export(directory: Path, checkpoint_directory: Path) -> LayerReport:
@@ -190,9 +86,9 @@ def compare_layers(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> 
     prompt = max(1, len(ids) - DECODE_STEPS)
     model = checkpoint.load_model()
     names = checkpoint.names
-    with _capture(model, checkpoint, integers=True) as expected:
+    with capture(model, checkpoint, integers=True) as expected:
         torch_logits(model, ids)
-    floors = _floors(model, checkpoint, ids, expected)
+    floors = noise_floors(model, checkpoint, ids, expected)
     with ProbedDecoder(directory, names) as decoder:
         decoder.start(capacity=len(ids))
         decoder.append(ids[None, :prompt], last_only=True)
@@ -219,13 +115,13 @@ def compare_layers(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> 
         }
         by_nbits = any(_by_nbits(model, linear) for linear in probes.linears)
         if by_nbits and float_run is None:
-            with _capture(model, checkpoint) as float_run:
+            with capture(model, checkpoint) as float_run:
                 float_activation_logits(model, ids)
         rows_of = {key: value[rows] for key, value in expected.items()}
         linears = [_compare_linear(model, phase, linear, found) for linear in probes.linears]
         streams = _compare_streams(
             phase,
-            _with_streams({key: found[name] for key, name in probes.streams.items()}),
+            with_streams({key: found[name] for key, name in probes.streams.items()}),
             rows_of,
             None
             if float_run is None or not by_nbits
@@ -243,81 +139,6 @@ def _in_order(linears: list[PartParity], streams: list[PartParity]) -> Iterator[
         yield from (part for part in streams if part.layer == layer)
 
 
-@contextmanager
-def _capture(
-    model: PreTrainedModel, checkpoint: Checkpoint, *, integers: bool = False
-) -> Iterator[Values]:
-    """Collect what a torch run adds to the residual stream, [T, H]; complete when it ends.
-
-    Args:
-        model: The torch reference.
-        checkpoint: Of which it was made.
-        integers: Collect the integers of the linears' inputs too, by FQN.
-    """
-    found: Values = {}
-
-    def keep(key: str, output: Any) -> None:
-        tensor: Tensor = output[0] if isinstance(output, tuple) else output
-        found[key] = tensor.detach()[0].float().numpy()
-
-    def keep_integers(fqn: str, module: nn.Module, x: Tensor) -> None:
-        if isinstance(module, QuantizedLinear) and not module.activation.is_float:
-            found[fqn] = module.quantize_input(x.reshape(-1, x.shape[-1]).float()).q.numpy()
-
-    places = {EMBEDDING: checkpoint.names.embedding}
-    for layer, block in enumerate(checkpoint.names.blocks):
-        places[f"{layer}.{ATTENTION}"] = block.output.rpartition(".")[0]
-        places[f"{layer}.{MLP}"] = block.down.rpartition(".")[0]
-    with ExitStack() as hooks:
-        for key, fqn in places.items():
-            hook = model.get_submodule(fqn).register_forward_hook(
-                lambda _module, _inputs, output, key=key: keep(key, output)
-            )
-            hooks.callback(hook.remove)
-        for fqn in checkpoint.names.linears() if integers else ():
-            hook = model.get_submodule(fqn).register_forward_hook(
-                lambda module, inputs, _output, fqn=fqn: keep_integers(fqn, module, inputs[0])
-            )
-            hooks.callback(hook.remove)
-        yield found
-    found |= _with_streams(found)
-
-
-def _with_streams(parts: Mapping[str, np.ndarray]) -> Values:
-    """Add the residual stream after each block."""
-    whole, stream = dict(parts), parts[EMBEDDING]
-    layer = 0
-    while f"{layer}.{ATTENTION}" in parts:
-        stream = stream + parts[f"{layer}.{ATTENTION}"] + parts[f"{layer}.{MLP}"]
-        whole[f"{layer}.{STREAM}"] = stream
-        layer += 1
-    return whole
-
-
-def _floors(
-    model: PreTrainedModel, checkpoint: Checkpoint, ids: np.ndarray, expected: Values
-) -> dict[str, float]:
-    """Return the most that a perturbation of the embeddings does to each part, or to one before."""
-    generator = torch.Generator().manual_seed(0)
-    floors: dict[str, float] = {}
-    for _ in range(DRAWS):
-        with _capture(model, checkpoint) as found:
-            perturbed_logits(model, checkpoint.names.embedding, ids, generator)
-        for key, value in found.items():
-            floors[key] = max(floors.get(key, 0.0), _relative(value, expected[key]))
-    for layer in range(1, len(checkpoint.names.blocks)):
-        for part in (ATTENTION, MLP, STREAM):
-            before = floors[f"{layer - 1}.{part}"]
-            floors[f"{layer}.{part}"] = max(floors[f"{layer}.{part}"], before)
-    return floors
-
-
-def _relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return ||found - expected|| / ||expected||, in float64."""
-    size = np.linalg.norm(expected.astype(np.float64))
-    return float(np.linalg.norm(found.astype(np.float64) - expected) / max(size, 1e-30))
-
-
 def _compare_streams(
     phase: str,
     found: Values,
@@ -333,14 +154,14 @@ def _compare_streams(
         reference = expected[key]
         if float_run is not None:
             reference = float_run[key]
-            bound = max(CHANCE * _relative(expected[key], reference), bound)
+            bound = max(CHANCE * relative_size(expected[key], reference), bound)
         parts.append(
             PartParity(
                 layer or EMBEDDING,
                 phase,
                 part,
                 float(np.abs(value - reference).max()),
-                _relative(value, reference),
+                relative_size(value, reference),
                 bound,
             )
         )

@@ -7,17 +7,7 @@ from typing import Any
 import pytest
 
 from deploy.bench import BenchReport, BenchRun, BenchSettings, bench_onnx
-from deploy.bench_profile import (
-    PROFILE_COLUMNS,
-    GraphRun,
-    NodeEvent,
-    bits_by_node,
-    multiply_adds,
-    profile_onnx,
-    read_runs,
-    split_phases,
-    weight_bytes,
-)
+from deploy.bench_profile import PROFILE_COLUMNS, profile_onnx
 from deploy.errors import ArtifactError
 from deploy.kernels import Kernel
 from deploy.machine_limits import (
@@ -25,6 +15,15 @@ from deploy.machine_limits import (
     integer_products,
     last_cache_bytes,
     read_bandwidth,
+)
+from deploy.operator_trace import (
+    GraphRun,
+    NodeEvent,
+    bits_by_node,
+    multiply_adds,
+    read_runs,
+    split_phases,
+    weight_bytes,
 )
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
@@ -111,8 +110,8 @@ def test_an_export_is_recorded(scheme: str, exports: dict[str, Path]) -> None:
     middle, layers, kv_heads, head_dim = 20 + 3, 2, 2, 16
     assert profile.cache_bytes == 2 * middle * (2 * layers * kv_heads * head_dim) * 4
     # A prompt's head sees the last token of each sequence only.
-    body = profile.decode.multiply_adds - 2 * 64 * head_rows(profile)
-    assert profile.prefill.multiply_adds == 20 * body + 2 * 64 * head_rows(profile)
+    body = profile.decode.multiply_adds - 2 * 32 * head_rows(profile)
+    assert profile.prefill.multiply_adds == 20 * body + 2 * 32 * head_rows(profile)
     plain = json.loads(json.dumps(profile.to_dict()))
     assert plain["decode"]["share_of_limit"] == profile.decode.share_of_limit
     assert len(profile.rows()) == 4

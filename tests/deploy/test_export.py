@@ -10,7 +10,8 @@ import pytest
 from deploy.artifact import hash_file, read_manifest, verify_files
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
-from deploy.export import DATA_NAME, parity_tokens
+from deploy.export import DATA_NAME
+from deploy.parity import parity_tokens
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
