@@ -16,6 +16,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
@@ -93,7 +94,7 @@ class OnnxDecoder:
         except Exception as error:
             raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
 
-    def __enter__(self) -> OnnxDecoder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

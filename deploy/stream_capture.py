@@ -92,5 +92,5 @@ def noise_floors(
 
 def relative_size(found: np.ndarray, expected: np.ndarray) -> float:
     """Return ||found - expected|| / ||expected||, in float64."""
-    size = np.linalg.norm(expected.astype(np.float64))
+    size = float(np.linalg.norm(expected.astype(np.float64)))
     return float(np.linalg.norm(found.astype(np.float64) - expected) / max(size, 1e-30))

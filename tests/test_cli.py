@@ -45,7 +45,7 @@ from tests.deploy.tiny_classifiers import save_encoder, write_labelled
 ROOT = Path(__file__).parents[1]
 STAGES = (
     *("finetune", "merge", "learn-rotation", "merge-rotate-quantize", "export", "run"),
-    *("evaluate", "bench", "inspect"),
+    *("evaluate", "bench", "parity", "inspect"),
 )
 
 
@@ -176,6 +176,33 @@ def test_the_stages_run_from_the_command_line_with_json(
     )
     assert result.code == 0, result.err
     assert json.loads(result.out)["prefill_tokens_per_s"] > 0
+    result = terminal(
+        *("bench", "--model", tmp_path / "onnx", "--prompt-tokens", 8, "--new-tokens", 2),
+        *("--runs", 1, "--threads", 1, "--batch", 2, "--against", f"genai:{tmp_path / 'onnx'}"),
+        *("--profile", tmp_path / "profile.json"),
+    )
+    assert result.code == 0, result.err
+    for said in ("ours", "prefill ours/this", "GroupQueryAttention", "multiplies at most"):
+        assert said in result.out
+    assert json.loads((tmp_path / "profile.json").read_text())["settings"]["batch"] == 2
+    compared = ("--model", tmp_path / "onnx", "--checkpoint", tmp_path / "checkpoint")
+    result = terminal("parity", *compared, "--report", tmp_path / "layers.json", "--every")
+    assert result.code == 0, result.err
+    assert "down_proj" in result.out
+    assert json.loads((tmp_path / "layers.json").read_text())["first"] is None
+
+
+def test_an_export_beyond_its_bounds_is_shown_and_ends_with_six(
+    terminal: Terminal, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.layer_parity.LEAST_BOUND", 0.0)
+    monkeypatch.setattr("deploy.layer_parity.FLOOR_FACTOR", 0.0)
+    result = terminal(
+        *("parity", "--model", base / "onnx", "--checkpoint", base / "checkpoint", "--json")
+    )
+    assert result.code == 6
+    assert "the first to depart is layer 0" in result.err
+    assert json.loads(result.out)["first"]["layer"] == "0"
 
 
 def test_a_rotation_is_learned_shown_and_used(
@@ -500,6 +527,10 @@ def test_each_fault_has_its_exit_code_its_message_and_leaves_nothing(
         (["run", "--model", "onnx", "--prompt", "x", "--top-p", "2"], 2, "--top-p"),
         (["bench", "--model", "onnx", "--runs", "0"], 2, "every count must be at least 1"),
         (["bench", "--model", "adapter"], 3, "expected an artifact of kind onnx"),
+        (["bench", "--model", "onnx", "--against", "vllm"], 2, "'vllm' is none of"),
+        (["bench", "--model", "onnx", "--peer-model", "m"], 2, "only --against takes peers"),
+        (["bench", "--model", "onnx", "--profile", "no/p.json"], 2, "--profile no/p.json"),
+        (["parity", "--model", "adapter", "--checkpoint", "checkpoint"], 3, "of kind onnx"),
         (["inspect", "absent"], 2, "no such directory"),
     ],
 )

@@ -1,12 +1,13 @@
 """Speed of our W8A8 and W4A8 exports against ONNX Runtime GenAI's own exports of the same model.
 
-    python benchmarks/cpu/against_genai.py
+    python benchmarks/cpu/against_genai.py [--peers genai-int4,llama.cpp:FILE --llama-cpp PYTHON]
 
-The peers (int4 and int8) are built by the model builder that comes with onnxruntime-genai. All run
-in this process, in the same ONNX Runtime, with the same loop (past and present share buffers),
-alternately: one prompt and its continuation on each, then the next round. All compute the logits of
-the prompt's last token only (the builder's `prune_lm_head`). Figures are medians over the rounds; a
-ratio is the median of the ratios within a round.
+The peers (int4 and int8) are built by the model builder that comes with onnxruntime-genai. Each
+model has a process of its own, all in the same ONNX Runtime and with the same loop (past and
+present share buffers), alternately: one prompt and its continuation on each, then the next round.
+All compute the logits of the prompt's last token only (the builder's `prune_lm_head`). Figures are
+medians over the rounds; a ratio is the median of the ratios within a round. `rolora bench
+--against` measures one export in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from deploy.bench import BenchRun, BenchSettings, measure_run
+from deploy.bench import BenchSettings, decode_rates, prefill_rates
+from deploy.bench_against import Comparison, measure_in_turn
+from deploy.bench_peers import PeerSettings, Runtime, Subject, parse_peers, prepare_peers
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
 from deploy.export import Target, export_onnx
-from deploy.loading import load_model, save_tokenizer
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.model_location import DEMO_MODEL
-from deploy.session import OnnxDecoder
 from reslora.merge import MergeMethod
 
 
@@ -44,57 +44,14 @@ def build_ours(work: Path, scheme: str) -> Path:
     return export
 
 
-def build_peer(work: Path, precision: str) -> Path:
-    """Export the demo model with onnxruntime-genai's builder; returns the directory."""
-    source, export = work / "float32", work / f"genai-{precision}"
-    if not source.is_dir():
-        loaded = load_model(DEMO_MODEL)
-        loaded.model.save_pretrained(source)
-        save_tokenizer(loaded, source)
-    if not export.is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "onnxruntime_genai.models.builder",
-            "-i",
-            source,
-            "-o",
-            export,
-        ]
-        command += ["-p", precision, "-e", "cpu", "-c", work / "cache"]
-        command += ["--extra_options", "prune_lm_head=true"]
-        log = work / f"genai-{precision}.log"
-        with log.open("w", encoding="utf-8") as stream:
-            parts = [str(part) for part in command]
-            subprocess.run(parts, check=True, stdout=stream, stderr=subprocess.STDOUT)
-    return export
-
-
-def measure(directories: dict[str, Path], settings: BenchSettings) -> dict[str, list[BenchRun]]:
-    """Run every model once a round, after one round of warm-up that is not counted."""
-    decoders = {
-        name: OnnxDecoder(directory, threads=settings.threads)
-        for name, directory in directories.items()
-    }
-    runs: dict[str, list[BenchRun]] = {name: [] for name in decoders}
-    for number in range(settings.runs + 1):
-        for name, decoder in decoders.items():
-            run = measure_run(decoder, settings)
-            if number:
-                runs[name].append(run)
-    return runs
-
-
-def summarize(
-    runs: dict[str, list[BenchRun]], settings: BenchSettings, ours: list[str]
-) -> dict[str, Any]:
+def summarize(found: Comparison, ours: list[str]) -> dict[str, Any]:
     """Return medians, spreads and the ratios of each of ours to each model."""
     rates = {
         name: {
-            "prefill": [settings.prompt_tokens / run.prefill_s for run in series],
-            "decode": [settings.new_tokens / run.decode_s for run in series],
+            "prefill": prefill_rates(found.settings, report.runs),
+            "decode": decode_rates(found.settings, report.runs),
         }
-        for name, series in runs.items()
+        for name, report in found.reports.items()
     }
     return {
         name: {
@@ -111,13 +68,12 @@ def summarize(
             }
             for phase, values in phases.items()
         }
+        | {
+            "load_s": found.reports[name].load_s,
+            "peak_rss_bytes": found.reports[name].peak_rss_bytes,
+        }
         for name, phases in rates.items()
     }
-
-
-def graph_bytes(directory: Path) -> int:
-    """Return the size of the graphs and their weights."""
-    return sum(path.stat().st_size for path in directory.glob("*.onnx*"))
 
 
 def machine() -> dict[str, Any]:
@@ -150,24 +106,27 @@ def main() -> None:
     parser.add_argument("--schemes", default="W8A8,W4A8")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--peers", default="genai-int4,genai-int8", help="see rolora bench")
+    parser.add_argument("--llama-cpp", help="a Python that has llama-cpp-python")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = BenchSettings(
-        prompt_tokens=512, new_tokens=128, runs=arguments.rounds, threads=arguments.threads
-    )
+    settings = BenchSettings(512, 128, arguments.rounds, arguments.threads, arguments.batch)
     schemes = arguments.schemes.split(",")
-    ours = [scheme.lower() for scheme in schemes]
-    directories = {scheme.lower(): build_ours(arguments.work, scheme) for scheme in schemes}
-    for precision in ("int4", "int8"):
-        directories[f"genai_{precision}"] = build_peer(arguments.work, precision)
+    ours = {scheme.lower(): build_ours(arguments.work, scheme) for scheme in schemes}
+    subjects = [Subject(name, Runtime.ONNX, path) for name, path in ours.items()]
+    peers = PeerSettings(parse_peers(arguments.peers), DEMO_MODEL, arguments.work / "peers")
+    subjects += prepare_peers(subjects[0].path, peers)
+    found = measure_in_turn(subjects, settings, arguments.llama_cpp)
     result = {
         "machine": machine(),
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
         "threads": settings.threads,
+        "batch": settings.batch,
         "rounds": settings.runs,
-        "file_bytes": {name: graph_bytes(path) for name, path in directories.items()},
-        "models": summarize(measure(directories, settings), settings, ours),
+        "file_bytes": {subject.name: subject.model_bytes for subject in subjects},
+        "models": summarize(found, list(ours)),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(result["models"], indent=2) + "\n")

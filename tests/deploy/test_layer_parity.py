@@ -89,8 +89,7 @@ def test_a_sound_export_departs_nowhere(name: str, pairs: dict[str, tuple[Path, 
     assert report.first is None
     assert report.describe_first() == "no layer by itself lies beyond its bound"
     report.require_within_bounds()
-    packed = 5 if name == "fp32" or "w" in name else 7
-    each_phase = 1 + 2 * (3 + packed) + 1
+    each_phase = 1 + 2 * (3 + 5) + 1
     assert len(report.parts) == 2 * each_phase
     assert {part.phase for part in report.parts} == {"prefill", "decode"}
     counted = sum(part.integers for part in report.parts if part.is_linear)
@@ -181,7 +180,7 @@ def test_an_export_that_fails_names_its_first_layer(
     pairs: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_fault_in_export(monkeypatch, "model.onnx", forget_the_rotary_embedding)
-    with pytest.raises(ParityError, match="departs from .* the first to depart is layer 0, att"):
+    with pytest.raises(ParityError, match=r"departs from .* the first to depart is layer 0, att"):
         make_export(pairs["fp32"][0], tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
