@@ -58,9 +58,15 @@ def damaged_copy(export: Path, copy: Path, initializer: str, graph_file: str) ->
     copy.mkdir()
     for path in export.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    graph = onnx.load(export / graph_file, load_external_data=False).graph
-    tensor = next(item for item in graph.initializer if item.name == initializer)
+    model = onnx.load(copy / graph_file, load_external_data=False)
+    tensor = next(item for item in model.graph.initializer if item.name == initializer)
     place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place:  # too small to lie in the file of weights
+        held = bytearray(tensor.raw_data)
+        held[37] ^= 0x80
+        tensor.raw_data = bytes(held)
+        (copy / graph_file).write_bytes(model.SerializeToString())
+        return copy
     file = copy / place["location"]
     content = bytearray(file.read_bytes())
     content[int(place["offset"]) + 37] ^= 0x80
