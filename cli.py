@@ -1018,14 +1018,14 @@ def bench_command(
             )
         _finish(report.to_dict(), as_json, report.rows())
     else:
-        from deploy.bench_against import COLUMNS, bench_against
+        from deploy.bench_against import COLUMNS, LEGEND, bench_against
         from deploy.bench_peers import PeerSettings, parse_peers
 
         peers = PeerSettings(parse_peers(against), peer_model, peer_cache, llama_cpp)
         with stderr.status("starting") as status:
             comparison = bench_against(model, settings, peers, lambda step: status.update(step))
         report = comparison.reports[comparison.ours]
-        _finish_table(comparison.to_dict(), as_json, COLUMNS, comparison.rows())
+        _finish_table(comparison.to_dict(), as_json, COLUMNS, comparison.rows(), LEGEND)
     if profile is not None:
         _profile(model, report, profile, as_json)
 
@@ -1246,9 +1246,13 @@ def _finish(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) 
 
 
 def _finish_table(
-    result: dict[str, Any], as_json: bool, columns: Sequence[str], rows: Iterable[Sequence[str]]
+    result: dict[str, Any],
+    as_json: bool,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    legend: str = "",
 ) -> None:
-    """Print a result: as JSON, or as a table with a head."""
+    """Print a result: as JSON, or as a table with a head and a legend."""
     if as_json:
         _print_json(result)
         return
@@ -1256,6 +1260,8 @@ def _finish_table(
     for row in rows:
         table.add_row(*row)
     stdout.print(table, markup=False)
+    if legend:
+        stdout.print(legend, markup=False)
 
 
 def _print_json(result: dict[str, Any]) -> None:

@@ -37,14 +37,18 @@ ROOT = Path(__file__).resolve().parents[1]
 LLAMA_WORKER = Path(__file__).with_name("llama_worker.py")
 COLUMNS = (
     "model",
-    "prefill tok/s",
-    "decode tok/s",
-    "first token s",
+    "prefill/s",
+    "decode/s",
+    "first s",
     "load s",
-    "peak MB",
+    "RSS MB",
     "file MB",
-    "prefill ours/this",
-    "decode ours/this",
+    "prefill x",
+    "decode x",
+)
+LEGEND = (
+    "Tokens a second (least-greatest of the runs). x: how many times as fast as this model the "
+    "export is, median of the rounds."
 )
 
 
@@ -110,7 +114,7 @@ class Comparison:
 
 
 def _rate(median: float, spread: tuple[float, float]) -> str:
-    return f"{median:.5g} ({spread[0]:.5g}-{spread[1]:.5g})"
+    return f"{median:.4g} ({spread[0]:.4g}-{spread[1]:.4g})"
 
 
 def bench_against(

@@ -182,7 +182,7 @@ def test_the_stages_run_from_the_command_line_with_json(
         *("--profile", tmp_path / "profile.json"),
     )
     assert result.code == 0, result.err
-    for said in ("ours", "prefill ours/this", "GroupQueryAttention", "multiplies at most"):
+    for said in ("ours", "median of the rounds", "GroupQueryAttention", "multiplies at most"):
         assert said in result.out
     assert json.loads((tmp_path / "profile.json").read_text())["settings"]["batch"] == 2
     compared = ("--model", tmp_path / "onnx", "--checkpoint", tmp_path / "checkpoint")
