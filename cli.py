@@ -1256,7 +1256,9 @@ def _finish_table(
     if as_json:
         _print_json(result)
         return
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
     stdout.print(table, markup=False)

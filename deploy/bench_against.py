@@ -114,7 +114,8 @@ class Comparison:
 
 
 def _rate(median: float, spread: tuple[float, float]) -> str:
-    return f"{median:.4g} ({spread[0]:.4g}-{spread[1]:.4g})"
+    places = 0 if median >= 100 else 1
+    return f"{median:.{places}f} ({spread[0]:.{places}f}-{spread[1]:.{places}f})"
 
 
 def bench_against(
