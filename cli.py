@@ -161,6 +161,7 @@ class StaticName(StrEnum):
     YES = "yes"
     NO = "no"
     AUTO = "auto"
+    ALL = "all"
 
 
 class FormatName(StrEnum):
@@ -549,7 +550,7 @@ def merge_rotate_quantize_command(
         StaticName | None,
         typer.Option(
             help="Calibrated scales after norms; auto: where they cost no more than per-token "
-            "ones. Default: yes if R1 is used."
+            "ones; all: for every input, as --target qdq needs. Default: yes if R1 is used."
         ),
     ] = None,
     override: Annotated[

@@ -31,6 +31,7 @@ from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, Scheduler
 from rolora.learned import Objective
 from rolora.rotation import DRAWN_KINDS
+from rolora.scheme import ALL
 from rolora.scheme import AUTO as CHOSEN
 from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
@@ -699,7 +700,7 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.FormatName, ExportFormat),
         (cli.TargetName, Target),
         (cli.KernelName, Kernel),
-        (cli.StaticName, ["yes", "no", CHOSEN]),
+        (cli.StaticName, ["yes", "no", CHOSEN, ALL]),
     ],
 )
 def test_the_choices_offered_are_those_that_the_stages_know(offered: Any, known: Any) -> None:
