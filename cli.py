@@ -175,6 +175,10 @@ class TargetName(StrEnum):
     """Values of --target."""
 
     CPU = "cpu"
+    CPU_AVX2 = "cpu-avx2"
+    CPU_ARM64 = "cpu-arm64"
+    CUDA = "cuda"
+    QDQ = "qdq"
 
 
 class KernelName(StrEnum):
@@ -183,6 +187,7 @@ class KernelName(StrEnum):
     AUTO = "auto"
     INTEGER = "integer"
     NBITS = "nbits"
+    QDQ = "qdq"
 
 
 Json = Annotated[
@@ -810,14 +815,18 @@ def export_command(
     ] = FormatName.ONNX,
     target: Annotated[
         TargetName | None,
-        typer.Option(help="onnx: processor whose kernels the graph addresses. Default: cpu."),
+        typer.Option(
+            help="onnx: where the graph runs. cpu: x64 with VNNI; cpu-avx2: x64 without; "
+            "cpu-arm64; cuda: NVIDIA GPUs; qdq: standard operators only, for TensorRT, OpenVINO, "
+            "QNN and browsers. Default: cpu."
+        ),
     ] = None,
     kernel: Annotated[
         KernelName | None,
         typer.Option(
             help="onnx: integer, one graph with integer products; nbits, one graph with "
-            "MatMulNBits; auto (default), integer products for prompts, MatMulNBits for single "
-            "tokens."
+            "MatMulNBits; qdq, one graph of standard operators (--target qdq); auto (default), "
+            "integer products for prompts, MatMulNBits for single tokens."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -831,7 +840,8 @@ def export_command(
                 f"{' and '.join(given)}: only --format onnx takes kernels; the programs that read "
                 f"{file_format} choose their own"
             )
-    target, kernel = target or TargetName.CPU, kernel or KernelName.AUTO
+    kernel = kernel or KernelName.AUTO
+    target = target or (TargetName.QDQ if kernel is KernelName.QDQ else TargetName.CPU)
     if dry_run:
         _print_json(
             {

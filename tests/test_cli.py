@@ -31,9 +31,8 @@ from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, Scheduler
 from rolora.learned import Objective
 from rolora.rotation import DRAWN_KINDS
-from rolora.scheme import ALL
+from rolora.scheme import ALL, WeightMethod
 from rolora.scheme import AUTO as CHOSEN
-from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
     make_adapter,
     make_checkpoint,
