@@ -260,7 +260,8 @@ def test_saturation_is_named_where_a_graph_for_vnni_fails_without(
     put_fault_in_export(monkeypatch, GRAPH_NAME, change_tensor("model.norm.weight"))
     for saturates in (False, True):
         here = verify_on(Target.CPU).to_dict() | {"saturates": saturates}
-        monkeypatch.setattr(deploy.export, "verify_on", lambda target: Verification(**here))
+        found = Verification(**here)
+        monkeypatch.setattr(deploy.export, "verify_on", lambda _target, found=found: found)
         with pytest.raises(ParityError) as caught:
             make_export(checkpoint("token"), tmp_path / "onnx", Kernel.INTEGER)
         assert ("--target cpu-avx2" in str(caught.value)) == saturates
