@@ -32,6 +32,9 @@ HIDDEN_NAME = "last_hidden_state"
 GENAI_CONFIG_NAME = "genai_config.json"
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
+FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""Keeps ONNX Runtime from rounding inputs that a portable graph leaves in float: where it makes a
+MatMulNBits of DequantizeLinear and MatMul, its default is level 4."""
 CACHE_DTYPES = {"tensor(int8)": np.int8, "tensor(float16)": np.float16}
 """Of a cache that is not float32."""
 
@@ -96,6 +99,8 @@ class OnnxDecoder:
         """Load one graph of the directory."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if not self._shares_buffer:
+            options.add_session_config_entry(*FLOAT_INPUTS)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         path = self._directory / name
