@@ -58,9 +58,15 @@ def dequantized_linear(
     weight = stored_columns(graph, checkpoint, linears, name)
     parts = [checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears]
     scales = np.ascontiguousarray(np.concatenate(parts).T)
+    zeros = None
+    if spec.bits != 4:
+        # ONNX Runtime turns bytes unsigned where that is faster or exact. It takes zero points that
+        # are left out for scalars then, and fails on those that two nodes share.
+        zero = ir.tensor(np.zeros(scales.shape, np.int8))
+        zeros = graph.weight(f"{name}.weight_zero_point", zero)
     weight = graph.value(
         "DequantizeLinear",
-        [weight, graph.weight(f"{name}.weight_scale", ir.tensor(scales))],
+        [weight, graph.weight(f"{name}.weight_scale", ir.tensor(scales)), zeros],
         f"{name}/DequantizeLinear",
         axis=1 if spec.group_size is None else 0,
         block_size=spec.group_size or 0,

@@ -32,9 +32,13 @@ HIDDEN_NAME = "last_hidden_state"
 GENAI_CONFIG_NAME = "genai_config.json"
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
-FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
-"""Keeps ONNX Runtime from rounding inputs that a portable graph leaves in float: where it makes a
-MatMulNBits of DequantizeLinear and MatMul, its default is level 4."""
+PORTABLE_OPTIONS = {
+    "session.qdq_matmulnbits_accuracy_level": "1",
+    "session.x64quantprecision": "1",
+}
+"""What ONNX Runtime needs to compute a portable graph as it stands. Where it makes a MatMulNBits of
+DequantizeLinear and MatMul, its default level 4 would round inputs; and x64 without VNNI would
+multiply unsigned by signed bytes, which saturates."""
 CACHE_DTYPES = {"tensor(int8)": np.int8, "tensor(float16)": np.float16}
 """Of a cache that is not float32."""
 
@@ -100,7 +104,8 @@ class OnnxDecoder:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if not self._shares_buffer:
-            options.add_session_config_entry(*FLOAT_INPUTS)
+            for entry in PORTABLE_OPTIONS.items():
+                options.add_session_config_entry(*entry)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         path = self._directory / name

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,3 +333,37 @@ def test_a_refused_combination_leaves_nothing_behind(
     with pytest.raises(ConfigError, match="has no --kernel nbits"):
         make_export(checkpoint("W8A8"), tmp_path / "onnx", Kernel.NBITS, Target.QDQ)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user")
+def test_an_emulated_haswell_computes_what_vnni_does(
+    export: Callable[[str, Target], Path], tmp_path: Path
+) -> None:
+    exports = {
+        str(target): export("W8A8", target) for target in (Target.CPU, Target.CPU_AVX2, Target.QDQ)
+    }
+    script = f"""
+import sys
+import numpy as np
+from pathlib import Path
+from deploy.session import OnnxDecoder
+from deploy.verification import cpu_saturates
+found = dict(saturates=cpu_saturates())
+for name, directory in {[(name, str(path)) for name, path in exports.items()]}:
+    with OnnxDecoder(Path(directory), threads=1) as decoder:
+        found[name] = decoder.logits(np.arange(30, 62))
+np.savez(sys.argv[1], **found)
+"""
+    results = []
+    for number, prefix in enumerate([[], ["qemu-x86_64", "-cpu", "Haswell"]]):
+        output = tmp_path / f"{number}.npz"
+        command = [*prefix, sys.executable, "-c", script, str(output)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ, cwd=Path.cwd())
+        results.append(dict(np.load(output)))
+    native, haswell = results
+    assert haswell["saturates"]
+    errors = {name: relative_error(haswell[name], native[name]) for name in exports}
+    assert max(errors[Target.CPU_AVX2], errors[Target.QDQ]) < 1e-3
+    if not native["saturates"]:  # the control: what the target is for
+        assert errors[Target.CPU] > 1e-2
