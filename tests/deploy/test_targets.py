@@ -24,6 +24,7 @@ from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ConfigError, ParityError, UnsupportedModelError
 from deploy.kernels import TARGET_KERNELS, Kernel, graph_forms, require_offered
 from deploy.parity import relative_error
+from deploy.run import Sampling, TextGenerator
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME, OnnxDecoder
 from deploy.targets import Target
 from deploy.verification import Verification, verify_on
@@ -138,6 +139,22 @@ def test_a_padded_batch_goes_on_as_its_sequences_alone_do(
             assert relative_error(found, alone) < 1e-3
         wrong = decoder.logits(rows[1])  # the control: padding that is taken for text
         assert relative_error(wrong[20:], alone[13:]) > 1e-2
+
+
+@pytest.mark.parametrize("target", [Target.QDQ, Target.CPU_AVX2])
+def test_genai_generates_what_a_plain_session_does(
+    target: Target, export: Callable[[str, Target], Path]
+) -> None:
+    directory, prompt = export("W8A8", target), list(range(40, 52))
+    found = list(TextGenerator(directory).generate(prompt, Sampling(max_new_tokens=12)))
+    assert found
+    with OnnxDecoder(directory, threads=1) as decoder:
+        decoder.start(capacity=32)
+        logits, expected = decoder.append(np.array([prompt])), []
+        for _ in found:
+            expected.append(int(logits[0, -1].argmax()))
+            logits = decoder.append(np.array([expected[-1:]]))
+    assert found == expected
 
 
 def test_padding_on_the_left_is_not_seen(export: Callable[[str, Target], Path]) -> None:
