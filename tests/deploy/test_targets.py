@@ -116,6 +116,28 @@ def test_a_portable_graph_is_made_of_standard_operators(
     assert quantized == (0 if name == "W4A16" else 2 * 4 + 1), "qkv, o, gate and up, down; the head"
 
 
+@pytest.mark.parametrize("target", [Target.QDQ, Target.CUDA])
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tied": True}),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen3", {}),
+    ],
+)
+def test_a_float_model_of_each_family_is_computed_to_float_precision(
+    target: Target, model_type: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    # Nothing is rounded there, so a wrong epsilon, window or rotation cannot hide below a floor.
+    checkpoint = make_checkpoint(
+        save_model(tmp_path / "model", model_type, **options), tmp_path / "fp32", "FP32"
+    )
+    report = make_export(checkpoint, tmp_path / "onnx", Kernel.AUTO, target).to_dict()
+    assert report["parity"]["bound"] <= 2e-4
+    assert report["parity"]["prefill_error"] <= 1e-5
+    assert report["parity"]["decode_error"] <= 1e-5
+
+
 def test_the_checker_refuses_the_graph_of_the_cpu(export: Callable[[str, Target], Path]) -> None:
     graph = onnx.load(export("W8A8", Target.CPU) / GRAPH_NAME)
     with pytest.raises(onnx.checker.ValidationError, match="No Op registered for"):
