@@ -842,6 +842,11 @@ def export_command(
             )
     kernel = kernel or KernelName.AUTO
     target = target or (TargetName.QDQ if kernel is KernelName.QDQ else TargetName.CPU)
+    if file_format is FormatName.ONNX:
+        from deploy.kernels import Kernel, require_offered
+        from deploy.targets import Target
+
+        require_offered(Target(target), Kernel(kernel))
     if dry_run:
         _print_json(
             {
@@ -1072,6 +1077,11 @@ def _export_onnx(
             ("export", str(output)),
             ("size", _megabytes(result["file_bytes"])),
             ("nodes", str(sum(result["operators"].values()))),
+            *(
+                [("not run", where)]
+                if (where := (result["verified_on"] or {}).get("not_run"))
+                else []
+            ),
             (
                 "parity",
                 f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",

@@ -76,7 +76,7 @@ class ExportReport:
             "output": str(self.output),
             "digest": self.manifest.digest,
             "parity": self.manifest.checks["parity"],
-            "verified_on": self.manifest.checks["verified_on"],
+            "verified_on": self.manifest.checks.get("verified_on"),
             "operators": self.manifest.details["operators"],
             "file_bytes": sum(record.bytes for record in self.manifest.files.values()),
             "peak_memory_bytes": self.peak_memory_bytes,

@@ -551,6 +551,19 @@ def test_a_failed_parity_check_ends_with_six_and_nothing_on_disk(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kernel_that_a_target_lacks_is_refused_before_anything_is_read(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    command = ("export", "--checkpoint", tmp_path / "no", "--output", tmp_path / "out", "--dry-run")
+    refused = terminal(*command, "--target", "qdq", "--kernel", "nbits")
+    assert refused.code == 2
+    assert "--target qdq has no --kernel nbits" in refused.err
+    portable = json.loads(terminal(*command, "--kernel", "qdq").out)
+    assert (portable["target"], portable["kernel"]) == ("qdq", "qdq")
+    plain = json.loads(terminal(*command).out)
+    assert (plain["target"], plain["kernel"]) == ("cpu", "auto")
+
+
 def test_an_export_for_other_programs_warns_of_what_they_must_do(
     terminal: Terminal, base: Path, tmp_path: Path
 ) -> None:
