@@ -165,6 +165,7 @@ class StaticName(StrEnum):
     YES = "yes"
     NO = "no"
     AUTO = "auto"
+    ALL = "all"
 
 
 class FormatName(StrEnum):
@@ -178,6 +179,10 @@ class TargetName(StrEnum):
     """Values of --target."""
 
     CPU = "cpu"
+    CPU_AVX2 = "cpu-avx2"
+    CPU_ARM64 = "cpu-arm64"
+    CUDA = "cuda"
+    QDQ = "qdq"
 
 
 class KernelName(StrEnum):
@@ -186,6 +191,7 @@ class KernelName(StrEnum):
     AUTO = "auto"
     INTEGER = "integer"
     NBITS = "nbits"
+    QDQ = "qdq"
 
 
 Json = Annotated[
@@ -553,7 +559,7 @@ def merge_rotate_quantize_command(
         StaticName | None,
         typer.Option(
             help="Calibrated scales after norms; auto: where they cost no more than per-token "
-            "ones. Default: yes if R1 is used."
+            "ones; all: for every input, as --target qdq needs. Default: yes if R1 is used."
         ),
     ] = None,
     override: Annotated[
@@ -813,14 +819,18 @@ def export_command(
     ] = FormatName.ONNX,
     target: Annotated[
         TargetName | None,
-        typer.Option(help="onnx: processor whose kernels the graph addresses. Default: cpu."),
+        typer.Option(
+            help="onnx: where the graph runs. cpu: x64 with VNNI; cpu-avx2: x64 without; "
+            "cpu-arm64; cuda: NVIDIA GPUs; qdq: standard operators only, for TensorRT, OpenVINO, "
+            "QNN and browsers. Default: cpu."
+        ),
     ] = None,
     kernel: Annotated[
         KernelName | None,
         typer.Option(
             help="onnx: integer, one graph with integer products; nbits, one graph with "
-            "MatMulNBits; auto (default), integer products for prompts, MatMulNBits for single "
-            "tokens."
+            "MatMulNBits; qdq, one graph of standard operators (--target qdq); auto (default), "
+            "integer products for prompts, MatMulNBits for single tokens."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -834,7 +844,13 @@ def export_command(
                 f"{' and '.join(given)}: only --format onnx takes kernels; the programs that read "
                 f"{file_format} choose their own"
             )
-    target, kernel = target or TargetName.CPU, kernel or KernelName.AUTO
+    kernel = kernel or KernelName.AUTO
+    target = target or (TargetName.QDQ if kernel is KernelName.QDQ else TargetName.CPU)
+    if file_format is FormatName.ONNX:
+        from deploy.kernels import Kernel, require_offered
+        from deploy.targets import Target
+
+        require_offered(Target(target), Kernel(kernel))
     if dry_run:
         _print_json(
             {
@@ -1147,6 +1163,11 @@ def _export_onnx(
             ("export", str(output)),
             ("size", _megabytes(result["file_bytes"])),
             ("nodes", str(sum(result["operators"].values()))),
+            *(
+                [("not run", where)]
+                if (where := (result["verified_on"] or {}).get("not_run"))
+                else []
+            ),
             (
                 "parity",
                 f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",

@@ -37,6 +37,7 @@ def attention_inputs(
     config: PretrainedConfig,
     head_dim: int,
     input_ids: ir.Value | None = None,
+    dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> AttentionInputs:
     """Derive lengths from the attention mask, and tabulate the rotary embedding.
 
@@ -46,6 +47,7 @@ def attention_inputs(
         config: Of the model.
         head_dim: Size of a head.
         input_ids: int64 [B, S], if the positions of the new tokens are needed.
+        dtype: Of the table.
     """
     lengths = graph.value(
         "ReduceSum",
@@ -58,7 +60,7 @@ def attention_inputs(
     shape = graph.value("Shape", [mask], "mask/Shape")
     total = graph.value("Gather", [shape, graph.constant(np.int64(1))], "mask/Gather", axis=0)
     total_length = graph.value("Cast", [total], "mask/total/Cast", to=ir.DataType.INT32)
-    cos, sin = rotary_tables(config, head_dim)
+    cos, sin = (table.astype(dtype.numpy()) for table in rotary_tables(config, head_dim))
     return AttentionInputs(
         last,
         total,

@@ -21,14 +21,18 @@ from rolora.kv_cache import FLOAT_KV_BITS
 INTEGER_CACHE_BITS = 8
 
 
-def cache_dtype(checkpoint: Checkpoint) -> ir.DataType:
+def cache_dtype(checkpoint: Checkpoint, float_type: ir.DataType) -> ir.DataType:
     """Return the element type of past and present.
+
+    Args:
+        checkpoint: What is exported.
+        float_type: Of the graph's activations, which a cache in float has too.
 
     Raises:
         UnsupportedModelError: The cache has a scale a token, which the operator cannot store.
     """
     if checkpoint.kv_bits == FLOAT_KV_BITS:
-        return ir.DataType.FLOAT
+        return float_type
     if checkpoint.kv_bits != INTEGER_CACHE_BITS:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: its KV cache of {checkpoint.kv_bits} bits has a scale a "

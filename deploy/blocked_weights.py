@@ -101,32 +101,45 @@ def unpack_blocks(stored: np.ndarray, layout: BlockedLayout) -> np.ndarray:
     return (flat - np.uint8(layout.zero_point)).view(np.int8)[:, : layout.columns]
 
 
-def signed_weight(
+def integer_weight(
     graph: GraphBuilder,
     checkpoint: Checkpoint,
     linears: list[StoredLinear],
     layout: BlockedLayout,
     name: str,
+    *,
+    shifted: bool = False,
 ) -> ir.Value:
-    """Add the weight as int8 [K, N], unpacked when the graph is loaded."""
+    """Add the weight as int8 [K, N], or shifted to uint8, unpacked when the graph is loaded.
+
+    Args:
+        graph: Receives the nodes.
+        checkpoint: Holds the integers.
+        linears: Linears with the same input and format.
+        layout: Of their weights.
+        name: Prefix of names.
+        shifted: Leave bytes as they are stored: uint8 with zero point 128.
+    """
     width = layout.blocks * layout.block_size
-    dtype = ir.DataType.INT4 if layout.bits == 4 else ir.DataType.INT8
     shape = (layout.rows, width)
 
-    def read() -> ir.TensorProtocol:
+    def read_nibbles() -> ir.TensorProtocol:
         packed = pack_blocks(checkpoint, linears, layout)
-        return ir.PackedTensor(packed.reshape(-1), dtype, shape=ir.Shape(shape))
+        return ir.PackedTensor(packed.reshape(-1), ir.DataType.INT4, shape=ir.Shape(shape))
 
     def read_bytes() -> ir.TensorProtocol:
         packed = pack_blocks(checkpoint, linears, layout)
-        return ir.tensor(packed.view(np.int8).reshape(shape))
+        return ir.tensor((packed if shifted else packed.view(np.int8)).reshape(shape))
 
-    four_bits = layout.bits == 4
-    weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read if four_bits else read_bytes)
-    if four_bits:
+    if layout.bits == 4:
+        weight = graph.lazy_weight(f"{name}.weight", ir.DataType.INT4, shape, read_nibbles)
         weight = graph.value("Cast", [weight], f"{name}/Cast", to=ir.DataType.INT8)
-    top_bit = graph.constant(np.int8(-layout.zero_point))
-    weight = graph.value("BitwiseXor", [weight, top_bit], f"{name}/BitwiseXor")
+    else:
+        dtype = ir.DataType.UINT8 if shifted else ir.DataType.INT8
+        weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read_bytes)
+    if not shifted:
+        top_bit = graph.constant(np.int8(-layout.zero_point))
+        weight = graph.value("BitwiseXor", [weight, top_bit], f"{name}/BitwiseXor")
     if width != layout.columns:
         start, end, axis = (
             graph.constant(np.array([number], np.int64)) for number in (0, layout.columns, 1)

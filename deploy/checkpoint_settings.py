@@ -13,8 +13,8 @@ from rolora.kv_cache import FLOAT_KV_BITS, check_kv_bits
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName
+from rolora.scheme import ALL, UNQUANTIZED_BITS, QuantizationRecipe, Scheme, WeightMethod
 from rolora.scheme import AUTO as CHOSEN
-from rolora.scheme import UNQUANTIZED_BITS, QuantizationRecipe, Scheme, WeightMethod
 
 FLOAT_SCHEME = "FP32"
 """Scheme of a checkpoint that is merged and rotated, but not quantized."""
@@ -66,7 +66,7 @@ def choose_recipe(
     group_size: int | None = None,
     clip_search: bool = True,
     activation_clip: float | Literal["auto"] | None = None,
-    static: bool | Literal["auto"] | None = None,
+    static: bool | Literal["auto", "all"] | None = None,
     embedding_bits: int = 8,
     head_bits: int = 8,
     asymmetric: bool = False,
@@ -83,7 +83,7 @@ def choose_recipe(
         activation_clip: Of per-token scales; None is that of the bits; `auto`
             is searched for each input.
         static: Calibrated scales after norms; None is yes if R1 is used; `auto` is chosen for each
-            input.
+            input; `all` is yes, and for the inputs behind no norm too.
         embedding_bits: 4, 8 or 32.
         head_bits: 4, 8 or 32.
         asymmetric: Per-token inputs with zero points.
@@ -128,15 +128,20 @@ def parse_activation_clip(text: str | None) -> float | Literal["auto"] | None:
         ) from error
 
 
-def parse_static(text: str | None) -> bool | Literal["auto"] | None:
-    """Read `yes`, `no` or `auto`.
+def parse_static(text: str | None) -> bool | Literal["auto", "all"] | None:
+    """Read `yes`, `no`, `auto` or `all`.
 
     Raises:
         ConfigError: It is none of them.
     """
     if text is None:
         return None
-    known: dict[str, bool | Literal["auto"]] = {"yes": True, "no": False, CHOSEN: CHOSEN}
+    known: dict[str, bool | Literal["auto", "all"]] = {
+        "yes": True,
+        "no": False,
+        CHOSEN: CHOSEN,
+        ALL: ALL,
+    }
     if text not in known:
         raise ConfigError(f"--static {text!r}: expected one of {', '.join(known)}")
     return known[text]

@@ -20,14 +20,9 @@ from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
+from deploy.input_ops import QuantizedInput, quantize_input
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
-from deploy.linear_ops import (
-    QuantizedInput,
-    float_linear,
-    integer_linear,
-    nbits_linear,
-    quantize_input,
-)
+from deploy.linear_ops import float_linear, integer_linear, nbits_linear
 from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
 from rolora.scheme import Granularity
@@ -49,6 +44,8 @@ class DecoderGraph:
             its KV cache.
     """
 
+    head_dim_multiple = HEAD_DIM_MULTIPLE
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -56,12 +53,13 @@ class DecoderGraph:
         stored: Mapping[str, ir.ExternalTensor] | None = None,
     ) -> None:
         head_dim = checkpoint.names.head_dim
-        if head_dim % HEAD_DIM_MULTIPLE:
+        if head_dim % self.head_dim_multiple:
             raise UnsupportedModelError(
                 f"{checkpoint.directory}: head_dim is {head_dim}; the rotary attention of ONNX "
-                f"Runtime needs a multiple of {HEAD_DIM_MULTIPLE}"
+                f"Runtime needs a multiple of {self.head_dim_multiple}"
             )
-        self.cache_dtype = cache_dtype(checkpoint)
+        self.dtype = ir.DataType.FLOAT16 if form.half else ir.DataType.FLOAT
+        self.cache_dtype = cache_dtype(checkpoint, self.dtype)
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.names
@@ -76,13 +74,7 @@ class DecoderGraph:
             "attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length")
         )
         inputs, outputs = [input_ids, mask], []
-        attention = attention_inputs(
-            graph,
-            mask,
-            self.config,
-            names.head_dim,
-            input_ids if has_rotation_nodes(self.checkpoint) else None,
-        )
+        self._prepare_attention(input_ids, mask)
         stream, delta = self._embed(input_ids), None
         windows = sliding_window_per_layer(self.config)
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
@@ -98,9 +90,7 @@ class DecoderGraph:
             ]
             inputs += past
             normed, stream = self._norm(block.attention_norm, stream, delta)
-            delta, present = self._attention(
-                block, head_norms[layer], normed, past, attention, windows[layer]
-            )
+            delta, present = self._attention(block, head_norms[layer], normed, past, windows[layer])
             for part, value in zip(("key", "value"), present, strict=True):
                 shape = (*cache, "total_sequence_length", names.head_dim)
                 outputs.append(
@@ -111,14 +101,26 @@ class DecoderGraph:
         normed, _ = self._norm(names.final_norm, stream, delta)
         if not self.form.last_logits:
             return graph.build(inputs, [self._head(normed, "sequence_length"), *outputs])
-        logits = self._head(last_hidden(graph, normed, input_ids, attention), 1)
-        hidden = name_output(normed, HIDDEN_NAME, ir.DataType.FLOAT, self._hidden_shape)
+        logits = self._head(last_hidden(graph, normed, input_ids, self._shared), 1)
+        hidden = name_output(normed, HIDDEN_NAME, self.dtype, self._hidden_shape)
         return graph.build(inputs, [logits, *outputs, hidden])
 
     def build_head(self) -> ir.Model:
         """Return the head by itself: hidden states of any positions to their logits."""
-        hidden = graph_value(HIDDEN_NAME, ir.DataType.FLOAT, self._hidden_shape)
+        hidden = graph_value(HIDDEN_NAME, self.dtype, self._hidden_shape)
         return self.graph.build([hidden], [self._head(hidden, "sequence_length")])
+
+    def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value) -> None:
+        """Add what all attention layers share."""
+        rotates = has_rotation_nodes(self.checkpoint)
+        self._shared: AttentionInputs = attention_inputs(
+            self.graph,
+            mask,
+            self.config,
+            self.names.head_dim,
+            input_ids if rotates else None,
+            self.dtype,
+        )
 
     @property
     def _hidden_shape(self) -> tuple[str, str, int]:
@@ -127,7 +129,9 @@ class DecoderGraph:
     def _head(self, hidden: ir.Value, positions: int | str) -> ir.Value:
         """Add the head and name its output."""
         fqn = self.names.head
-        logits = self._linear([fqn], hidden, self._quantized(fqn, hidden), fqn)
+        logits = self._linear([fqn], hidden, self._quantized(fqn, hidden), fqn, half=False)
+        if self.form.half and self.checkpoint.linear(fqn).activation is None:
+            logits = self.graph.value("Cast", [logits], f"{fqn}/Cast", to=ir.DataType.FLOAT)
         wide = ("batch_size", positions, self.config.vocab_size)
         return name_output(logits, "logits", ir.DataType.FLOAT, wide)
 
@@ -135,12 +139,14 @@ class DecoderGraph:
         """Look the tokens up; int8 rows are scaled after the lookup, groups of 4 bits in it."""
         key = self.names.embedding
         spec = self.checkpoint.embedding_spec
-        dtypes = {None: ir.DataType.FLOAT, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
+        dtypes = {None: self.dtype, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
+        dtype = dtypes[None if spec is None else spec.bits]
+
+        def read() -> ir.TensorProtocol:
+            return ir.tensor(self.checkpoint.array(f"{key}.weight").astype(dtype.numpy()))
+
         table = self.graph.lazy_weight(
-            f"{key}.weight",
-            dtypes[None if spec is None else spec.bits],
-            self.checkpoint.shape(f"{key}.weight"),
-            lambda: ir.tensor(self.checkpoint.array(f"{key}.weight")),
+            f"{key}.weight", dtype, self.checkpoint.shape(f"{key}.weight"), read
         )
         if spec is None:
             return self.graph.value("Gather", [table, input_ids], "embedding/Gather")
@@ -160,13 +166,16 @@ class DecoderGraph:
         rows = self.graph.value("Gather", [table, input_ids], "embedding/Gather")
         row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
         as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
-        return self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
+        scaled = self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
+        if not self.form.half:
+            return scaled
+        return self.graph.value("Cast", [scaled], "embedding/half/Cast", to=self.dtype)
 
     def _norm(
         self, fqn: str, stream: ir.Value, delta: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """Add `delta` to the residual stream and normalize it; returns (normed, stream)."""
-        gain = self.graph.weight(f"{fqn}.weight", ir.tensor(self.checkpoint.array(f"{fqn}.weight")))
+        gain = self._gain(fqn)
         epsilon = float(self.config.rms_norm_eps)
         if delta is None:
             normed = self.graph.value(
@@ -197,7 +206,6 @@ class DecoderGraph:
         norms: QueryKeyNorms | None,
         normed: ir.Value,
         past: list[ir.Value],
-        shared: AttentionInputs,
         window: int | None,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Add self-attention; returns its output and (present key, present value)."""
@@ -220,14 +228,27 @@ class DecoderGraph:
         else:
             packed = self._linear(readers, normed, quantized, f"{prefix}.qkv")
             heads = [packed, None, None]
-        attended, present_key, present_value = attention_node(
-            self.graph, self.checkpoint, block, heads, past, shared, window
-        )
+        attended, present_key, present_value = self._attend(block, heads, past, window)
         quantized = self._quantized(block.output, attended)
         return self._linear([block.output], attended, quantized, block.output), (
             present_key,
             present_value,
         )
+
+    def _gain(self, fqn: str) -> ir.Value:
+        """Add the gain of a norm."""
+        gain = self.checkpoint.array(f"{fqn}.weight").astype(self.dtype.numpy())
+        return self.graph.weight(f"{fqn}.weight", ir.tensor(gain))
+
+    def _attend(
+        self,
+        block: BlockNames,
+        heads: list[ir.Value | None],
+        past: list[ir.Value],
+        window: int | None,
+    ) -> tuple[ir.Value, ...]:
+        """Add attention itself; `attention_node` says what goes in and comes out."""
+        return attention_node(self.graph, self.checkpoint, block, heads, past, self._shared, window)
 
     def _head_norm(self, fqn: str, x: ir.Value, heads: int) -> ir.Value:
         """Normalize each head of [B, S, heads * head_dim] (qwen3)."""
@@ -245,18 +266,22 @@ class DecoderGraph:
         quantized = self._quantized(block.gate, normed)
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
-        active = graph.value(
-            "QuickGelu", [gate], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0
-        )
+        active = self._silu(gate, prefix)
         hidden = self._rotate_online(graph.value("Mul", [active, up], f"{prefix}/Mul"), prefix)
         return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
+
+    def _silu(self, x: ir.Value, prefix: str) -> ir.Value:
+        """Add x * sigmoid(x)."""
+        return self.graph.value(
+            "QuickGelu", [x], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0
+        )
 
     def _rotate_online(self, hidden: ir.Value, prefix: str) -> ir.Value:
         """Apply R4, the Kronecker product of two small matrices, as two MatMuls."""
         factors = self.checkpoint.online_factors()
         if factors is None:
             return hidden
-        left, right = factors
+        left, right = (factor.astype(self.dtype.numpy()) for factor in factors)
         graph = self.graph
         split = graph.constant(np.array([0, 0, left.shape[0], right.shape[0]], np.int64))
         joined = graph.constant(np.array([0, 0, left.shape[0] * right.shape[0]], np.int64))
@@ -274,17 +299,35 @@ class DecoderGraph:
             return None
         static = linear.activation.granularity is Granularity.TENSOR
         scale = self.checkpoint.array(f"{fqn}.input_scale") if static else None
-        return quantize_input(self.graph, x, linear.activation, scale, f"{fqn}/input")
+        return quantize_input(
+            self.graph, x, linear.activation, scale, f"{fqn}/input", self.form.numbers
+        )
 
     def _linear(
-        self, fqns: list[str], x: ir.Value, quantized: QuantizedInput | None, name: str
+        self,
+        fqns: list[str],
+        x: ir.Value,
+        quantized: QuantizedInput | None,
+        name: str,
+        *,
+        half: bool = True,
     ) -> ir.Value:
-        """Add the product of linears that read one input, with the kernel of their format."""
+        """Add the product of linears that read one input, with the kernel of their format.
+
+        Where the graph is one of float16, so is the result, unless `half` is false and the product
+        one of integers.
+        """
         linears = [self.checkpoint.linear(fqn) for fqn in fqns]
         if quantized is not None:
             return integer_linear(
-                self.graph, quantized, self.checkpoint, linears, name, blocked=self.form.blocked
+                self.graph,
+                quantized,
+                self.checkpoint,
+                linears,
+                name,
+                blocked=self.form.blocked,
+                half=half and self.form.half,
             )
         if linears[0].activation is not None:
             return nbits_linear(self.graph, x, self.checkpoint, linears, name)
-        return float_linear(self.graph, x, self.checkpoint, linears, name)
+        return float_linear(self.graph, x, self.checkpoint, linears, name, self.dtype)

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,16 +35,20 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.cuda_operators import require_cuda_kernels
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError, RoloraError
 from deploy.genai_config import genai_config
 from deploy.graph_builder import stored_initializers
-from deploy.kernels import GraphForm, Kernel, graph_forms
+from deploy.kernels import GraphForm, Kernel, graph_forms, require_offered
 from deploy.layer_parity import compare_layers
 from deploy.memory import peak_memory_bytes
-from deploy.parity import check_parity, parity_tokens
+from deploy.parity import HALF_PERTURBATION, check_parity, parity_tokens
+from deploy.portable_graph import PortableGraph
 from deploy.rotation_file import ROTATION_NAME
-from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
+from deploy.session import CPU_PROVIDER, GENAI_CONFIG_NAME, GRAPH_NAME
+from deploy.targets import Target as Target
+from deploy.verification import verify_on
 
 DATA_NAME = f"{GRAPH_NAME}.data"
 _NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, MANIFEST_NAME}
@@ -53,12 +59,6 @@ class ExportFormat(StrEnum):
 
     ONNX = "onnx"
     COMPRESSED_TENSORS = "compressed-tensors"
-
-
-class Target(StrEnum):
-    """Where the graph will run; integer kernels differ between processors."""
-
-    CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class ExportReport:
             "output": str(self.output),
             "digest": self.manifest.digest,
             "parity": self.manifest.checks["parity"],
+            "verified_on": self.manifest.checks.get("verified_on"),
             "operators": self.manifest.details["operators"],
             "file_bytes": sum(record.bytes for record in self.manifest.files.values()),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -98,13 +99,14 @@ def export_onnx(
         progress: Called with a line for each step.
 
     Raises:
-        ConfigError: The output exists.
+        ConfigError: The output exists, or the target does not have the kernel.
         StageOrderError: The directory is no checkpoint.
         ArtifactError: A file is missing or damaged, or the disk is full.
-        UnsupportedModelError: ONNX Runtime cannot run the model's head size, or the kernel not its
-            scheme.
+        UnsupportedModelError: ONNX Runtime cannot run the model's head size, or the kernel or the
+            target not its scheme.
         ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
     """
+    require_offered(target, kernel)
     with Checkpoint(checkpoint_directory) as checkpoint:
         parents = {"checkpoint": checkpoint.manifest.digest}
         config: dict[str, Any] = {
@@ -117,23 +119,13 @@ def export_onnx(
             return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
-            forms = graph_forms(checkpoint, kernel)
-            operators = write_graphs(checkpoint, forms, directory, progress)
-            genai = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory, forms)
-            (directory / GENAI_CONFIG_NAME).write_text(
-                json.dumps(genai, indent=2) + "\n", encoding="utf-8"
-            )
+            forms = graph_forms(checkpoint, kernel, target)
+            operators, domains = write_graphs(checkpoint, forms, directory, progress)
+            write_genai_config(checkpoint, forms, directory)
             for path in sorted(checkpoint_directory.iterdir()):
                 if path.is_file() and path.name not in _NOT_COPIED:
                     shutil.copyfile(path, directory / path.name)
-            progress("checking parity with the torch reference")
-            ids = parity_tokens(checkpoint)
-            try:
-                parity = check_parity(checkpoint, directory, ids, forms)
-            except ParityError as error:
-                progress("looking for the layer that departs")
-                where = _first_departure(checkpoint, directory, ids)
-                raise ParityError(f"{error}; {where}") from error
+            checks = check_export(checkpoint, directory, forms, progress)
             manifest = write_manifest(
                 directory,
                 Manifest(
@@ -141,12 +133,15 @@ def export_onnx(
                     parents=parents,
                     config=config,
                     versions=library_versions(),
-                    checks={"parity": parity.to_dict()},
+                    checks=checks,
                     details={
                         "scheme": checkpoint.manifest.details.get("scheme"),
                         "model": checkpoint.manifest.config.get("model"),
                         "model_digest": checkpoint.manifest.parents.get("model"),
+                        "target": str(target),
+                        "kernels": {form.file: str(form.kernel) for form in forms},
                         "operators": operators,
+                        "operator_domains": domains,
                     },
                 ),
             )
@@ -166,7 +161,7 @@ def write_graphs(
     forms: Sequence[GraphForm],
     directory: Path,
     progress: Callable[[str], None] = lambda step: None,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], dict[str, int]]:
     """Write the graphs and, once, the weights that they share.
 
     Args:
@@ -176,13 +171,18 @@ def write_graphs(
         progress: Called with a line for each step.
 
     Returns:
-        How often each operator occurs, over all graphs.
+        How often each operator occurs, over all graphs, and how many nodes each domain has.
+
+    Raises:
+        UnsupportedModelError: A graph for CUDA has a node that would run elsewhere.
     """
     stored: dict[str, ir.ExternalTensor] = {}
-    operators: dict[str, int] = {}
+    operators: Counter[str] = Counter()
+    domains: Counter[str] = Counter()
     for form in forms:
         progress(f"writing {form.file}")
-        graph = DecoderGraph(checkpoint, form, stored)
+        builder = PortableGraph if form.kernel is Kernel.QDQ else DecoderGraph
+        graph = builder(checkpoint, form, stored)
         model = graph.build_head() if form.head_only else graph.build()
         ir.save(
             model,
@@ -191,10 +191,78 @@ def write_graphs(
             size_threshold_bytes=1024,
             max_workers=1,
         )
-        for operator, count in count_operators(model).items():
-            operators[operator] = operators.get(operator, 0) + count
+        if form.half:
+            require_cuda_kernels(model, f"{checkpoint.directory}: {form.file}")
+        operators.update(node.op_type for node in model.graph)
+        domains.update(node.domain or "ai.onnx" for node in model.graph)
         stored = stored or stored_initializers(ir.load(directory / form.file))
-    return _most_frequent_first(operators)
+    return _most_frequent_first(operators), _most_frequent_first(domains)
+
+
+def write_genai_config(checkpoint: Checkpoint, forms: Sequence[GraphForm], directory: Path) -> None:
+    """Write what onnxruntime-genai, and `session`, read beside the graphs."""
+    genai = genai_config(checkpoint.config, checkpoint.names, checkpoint.directory, forms)
+    text = json.dumps(genai, indent=2) + "\n"
+    (directory / GENAI_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def check_export(
+    checkpoint: Checkpoint,
+    directory: Path,
+    forms: Sequence[GraphForm],
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Compare an export with its checkpoint, and say where that was done.
+
+    A graph of float16 is compared twice: with float32 in its place, and as it is.
+
+    Args:
+        checkpoint: What was exported.
+        directory: The export.
+        forms: Its graphs.
+        progress: Called with a line for each step.
+
+    Returns:
+        `parity`, `verified_on`, and `half_parity` of a graph of float16.
+
+    Raises:
+        ParityError: See `check_parity`.
+    """
+    target, ids = forms[0].target, parity_tokens(checkpoint)
+    verification = verify_on(target)
+    progress("checking parity with the torch reference")
+    checks: dict[str, Any] = {}
+    try:
+        if forms[0].half:
+            checks["half_parity"] = check_parity(
+                checkpoint,
+                directory,
+                ids,
+                forms,
+                provider=verification.provider,
+                perturbation=HALF_PERTURBATION,
+            ).to_dict()
+            progress("checking parity with float32 in place of float16")
+            with TemporaryDirectory(dir=directory.parent) as place:
+                wide, in_float32 = Path(place), [replace(form, half=False) for form in forms]
+                write_graphs(checkpoint, in_float32, wide)
+                write_genai_config(checkpoint, in_float32, wide)
+                parity = check_parity(checkpoint, wide, ids, in_float32, provider=CPU_PROVIDER)
+        else:
+            parity = check_parity(checkpoint, directory, ids, forms)
+    except ParityError as error:
+        if target is Target.CPU and verification.saturates:
+            raise ParityError(
+                f"{error}. This processor has no VNNI: products of unsigned and signed bytes "
+                f"saturate at 16 bits, so that graph cannot run here; export with --target "
+                f"{Target.CPU_AVX2}, or on a processor with VNNI"
+            ) from error
+        if target is not Target.CPU:
+            raise
+        progress("looking for the layer that departs")
+        where = _first_departure(checkpoint, directory, ids)
+        raise ParityError(f"{error}; {where}") from error
+    return {"parity": parity.to_dict(), **checks, "verified_on": verification.to_dict()}
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:
@@ -205,5 +273,5 @@ def count_operators(model: ir.Model) -> dict[str, int]:
     return _most_frequent_first(counts)
 
 
-def _most_frequent_first(counts: dict[str, int]) -> dict[str, int]:
+def _most_frequent_first(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -10,10 +10,11 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
+from deploy.targets import Target
 from rolora.decoder import DecoderNames
 
 PROMPT_CHUNK = 128
-"""Tokens of a prompt that go through the model at a time.
+"""Tokens of a prompt that go through the model at a time, on a CPU.
 
 Attention multiplies a chunk by the tokens up to its end only, not by all of the prompt.
 """
@@ -38,6 +39,7 @@ def genai_config(
     Returns:
         The content of `genai_config.json`.
     """
+    target = forms[0].target
     decoders = [form for form in forms if not form.head_only]
     generation = _generation_config(config, directory)
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
@@ -53,7 +55,10 @@ def genai_config(
             "type": config.model_type if len(decoders) == 1 else PIPELINE_TYPE,
             "vocab_size": config.vocab_size,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "provider_options": [{"cuda": {}}] if target is Target.CUDA else [],
+                },
                 **_graphs(decoders, len(names.blocks)),
                 "head_size": names.head_dim,
                 "hidden_size": names.hidden_size,
@@ -87,9 +92,9 @@ def genai_config(
             "num_return_sequences": 1,
             "min_length": 0,
             "max_length": config.max_position_embeddings,
-            "past_present_share_buffer": True,
-            "chunk_size": PROMPT_CHUNK,
-        },
+            "past_present_share_buffer": target is not Target.QDQ,
+        }
+        | ({} if target in (Target.CUDA, Target.QDQ) else {"chunk_size": PROMPT_CHUNK}),
     }
 
 

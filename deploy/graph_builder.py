@@ -124,12 +124,13 @@ class GraphBuilder:
             inputs: Graph inputs, typed.
             outputs: Graph outputs, typed and named.
         """
+        domains = {node.domain for node in self._nodes} - {""}
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={"": OPSET} | dict.fromkeys(sorted(domains), 1),
             name=self._name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="rolora")

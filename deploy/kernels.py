@@ -1,9 +1,11 @@
-"""Which kernels an export uses, and the graphs that follow from it.
+"""Which kernels an export uses on which target, and the graphs that follow from it.
 
     integer   one graph; activations are quantized once per token or with a static scale, products
               are integer matrix products
     nbits     one graph; MatMulNBits at accuracy level 4, which quantizes activations to 8 bits per
               block of input columns itself
+    qdq       one graph of standard operators, whose integer products the runtime makes itself from
+              static scales
     auto      what measured best for the scheme
 
 A single token costs what its weights cost to read, a prompt what its products cost. Integer kernels
@@ -17,18 +19,23 @@ hold 8 bits per weight whatever the file has. So, in `auto`:
                         quantized) or MatMulNBits would not keep the scheme (activations below 8
                         bits); MatMulNBits computes what no integer product can
 
+The other targets take the same graphs with the operands that their processors want, but CUDA, whose
+MatMulNBits quantizes no activations: it has integer products only.
+
 All compute the logits of a prompt's last token only; the head by itself gives those of the others.
-A float model is the one graph of `integer`, which computes them all.
+A float model is the one graph of `integer`, which computes them all, as that of `qdq` does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from deploy.checkpoint import Checkpoint, StoredLinear
-from deploy.errors import UnsupportedModelError
+from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
+from deploy.targets import INTEGER_FORMATS, IntegerFormat, Target
+from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.scheme import UNQUANTIZED_BITS, Granularity
 
 NBITS_ACTIVATION_BITS = 8
@@ -41,6 +48,17 @@ class Kernel(StrEnum):
     AUTO = "auto"
     INTEGER = "integer"
     NBITS = "nbits"
+    QDQ = "qdq"
+
+
+TARGET_KERNELS = {
+    Target.CPU: (Kernel.AUTO, Kernel.INTEGER, Kernel.NBITS),
+    Target.CPU_AVX2: (Kernel.AUTO, Kernel.INTEGER, Kernel.NBITS),
+    Target.CPU_ARM64: (Kernel.AUTO, Kernel.INTEGER, Kernel.NBITS),
+    Target.CUDA: (Kernel.AUTO, Kernel.INTEGER),
+    Target.QDQ: (Kernel.AUTO, Kernel.QDQ),
+}
+"""What each target offers."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +67,21 @@ class GraphForm:
 
     file: str
     kernel: Kernel
-    """INTEGER or NBITS."""
+    """INTEGER, NBITS or QDQ."""
     four_bits_only: bool = False
     """NBITS multiplies weights of 4 bits only; those of more take integer products."""
     blocked: bool = False
     """Integer kernels unpack the weights of MatMulNBits, when the graph is loaded."""
     last_logits: bool = False
     """Logits of each sequence's last token only; the hidden states of all are a further output."""
+    target: Target = Target.CPU
+    half: bool = False
+    """Activations and cache are float16; logits stay float32."""
+
+    @property
+    def numbers(self) -> IntegerFormat:
+        """How operands of integer products are stored."""
+        return replace(INTEGER_FORMATS[self.target], half=self.half)
 
     @property
     def head_only(self) -> bool:
@@ -77,21 +103,69 @@ BLOCKED_HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER, blocked=True)
 """The head by itself, for callers that want the logits of every position of a prompt."""
 
 
-def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]:
+def require_offered(target: Target, kernel: Kernel) -> None:
+    """Refuse a kernel that a target does not have.
+
+    Raises:
+        ConfigError: The combination does not exist; the message names those that do.
+    """
+    if kernel in TARGET_KERNELS[target]:
+        return
+    offered = "; ".join(f"{each}: {', '.join(known)}" for each, known in TARGET_KERNELS.items())
+    raise ConfigError(
+        f"--target {target} has no --kernel {kernel}; what exists, as TARGET: KERNELS, is {offered}"
+    )
+
+
+def graph_forms(
+    checkpoint: Checkpoint, kernel: Kernel, target: Target = Target.CPU
+) -> tuple[GraphForm, ...]:
     """Return the graphs to export; the first one owns the weights, the others refer to them.
 
     Args:
         checkpoint: What is exported.
         kernel: The user's choice.
+        target: Where they will run.
 
     Raises:
-        UnsupportedModelError: A linear's format has no kernel at all, MatMulNBits cannot keep the
-            checkpoint's scheme, or there is nothing to quantize.
+        ConfigError: The target does not have the kernel.
+        UnsupportedModelError: A linear's format has no kernel on the target, MatMulNBits cannot
+            keep the checkpoint's scheme, or there is nothing to quantize.
     """
+    require_offered(target, kernel)
     names = checkpoint.names
     linears = [checkpoint.linear(fqn) for fqn in (*names.linears(), names.head)]
+    if target in (Target.QDQ, Target.CUDA):
+        _require_wide_embedding(checkpoint, target)
+    if target is Target.QDQ:
+        require_static(checkpoint, linears)
+        return (GraphForm(GRAPH_NAME, Kernel.QDQ, target=target),)
     for linear in linears:
-        _require_kernel(checkpoint, linear)
+        _require_kernel(checkpoint, linear, target)
+    if target is Target.CUDA and checkpoint.kv_bits != FLOAT_KV_BITS:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: --target cuda keeps the KV cache in float16, the checkpoint "
+            f"has {checkpoint.kv_bits} bits; quantize with --kv-bits {FLOAT_KV_BITS}"
+        )
+    half = target is Target.CUDA
+    forms = _forms(checkpoint, kernel, linears, phases=not half)
+    return tuple(replace(form, target=target, half=half) for form in forms)
+
+
+def _require_wide_embedding(checkpoint: Checkpoint, target: Target) -> None:
+    """Refuse a table of 4 bits, which only a kernel of the CPU looks up."""
+    spec = checkpoint.embedding_spec
+    if spec is not None and spec.bits == 4:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: the embedding has 4 bits, which --target {target} cannot "
+            f"look up; quantize with --embedding-bits 8"
+        )
+
+
+def _forms(
+    checkpoint: Checkpoint, kernel: Kernel, linears: list[StoredLinear], *, phases: bool
+) -> tuple[GraphForm, ...]:
+    """Return the graphs of a CPU; `phases` allows one for prompts and one for single tokens."""
     quantized = [linear.activation for linear in linears if linear.activation is not None]
     bits = min((spec.bits for spec in quantized), default=None)
     grouped = any(spec.granularity is Granularity.GROUP for spec in quantized)
@@ -106,15 +180,15 @@ def graph_forms(checkpoint: Checkpoint, kernel: Kernel) -> tuple[GraphForm, ...]
         return (ONE_NBITS_GRAPH,)
     if kernel is Kernel.INTEGER or bits is None:
         return (ONE_INTEGER_GRAPH,)
-    if bits != NBITS_ACTIVATION_BITS or grouped:
+    if bits != NBITS_ACTIVATION_BITS or grouped or not phases:
         return LAST_INTEGER_GRAPH, HEAD_GRAPH
-    if any(checkpoint.linear(fqn).weight.bits == 4 for fqn in names.linears()):
+    if any(linear.weight.bits == 4 for linear in linears[:-1]):
         return TOKEN_GRAPH, PROMPT_GRAPH, BLOCKED_HEAD_GRAPH
     return LAST_INTEGER_GRAPH, HEAD_GRAPH
 
 
-def _require_kernel(checkpoint: Checkpoint, linear: StoredLinear) -> None:
-    """Refuse a format that only the torch model computes."""
+def _require_kernel(checkpoint: Checkpoint, linear: StoredLinear, target: Target) -> None:
+    """Refuse a format that only the torch model computes, or another target."""
     spec = linear.activation
     if spec is None:
         return
@@ -123,6 +197,19 @@ def _require_kernel(checkpoint: Checkpoint, linear: StoredLinear) -> None:
         fault = f"a float weight with an input of {spec}"
     elif grouped and not (spec.symmetric and spec.bits == NBITS_ACTIVATION_BITS):
         fault = f"an input of {spec}"
+    elif linear.weight.group_size is not None and spec.granularity is Granularity.TENSOR:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: {linear.fqn} has weights in groups of "
+            f"{linear.weight.group_size} and an input of {spec}, which no kernel of --target "
+            f"{target} multiplies; export it with --target qdq, or quantize without --static all"
+        )
+    elif target is Target.CUDA and linear.needs_blocks:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: {linear.fqn} has {linear.weight.bits}-bit weights per "
+            f"{linear.weight.granularity} and an input of {spec}; --target cuda multiplies "
+            f"integers only: weights of 4, 6 or 8 bits per channel with inputs per token or "
+            f"static, such as W8A8, W4A8 and W4A4 without --group-size and --activation-group-size"
+        )
     else:
         return
     raise UnsupportedModelError(
@@ -130,3 +217,30 @@ def _require_kernel(checkpoint: Checkpoint, linear: StoredLinear) -> None:
         f"kernel in ONNX Runtime; what exports: weights of 4, 6 or 8 bits with inputs per token or "
         f"static of 4, 6 or 8 bits, in float, or symmetric in groups of 8 bits"
     )
+
+
+def require_static(checkpoint: Checkpoint, linears: list[StoredLinear]) -> None:
+    """Refuse what QuantizeLinear and DequantizeLinear with constant scales cannot say.
+
+    Raises:
+        UnsupportedModelError: An input has run-time scales or fewer than 8 bits, or the KV cache is
+            quantized; the message says how to make a checkpoint without that.
+    """
+    if checkpoint.kv_bits != FLOAT_KV_BITS:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: --target qdq keeps the KV cache in float, the checkpoint has "
+            f"{checkpoint.kv_bits} bits; quantize with --kv-bits {FLOAT_KV_BITS}"
+        )
+    for linear in linears:
+        spec = linear.activation
+        if spec is None or spec.is_float:
+            continue
+        static = spec.granularity is Granularity.TENSOR and spec.bits == NBITS_ACTIVATION_BITS
+        if static and linear.weight.bits != UNQUANTIZED_BITS:
+            continue
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: {linear.fqn} has {linear.weight.bits}-bit weights and an "
+            f"input of {spec}; --target qdq needs weights of 4, 6 or 8 bits and one calibrated "
+            f"scale for every input of 8 bits (or inputs in float). Make such a checkpoint with "
+            f"rolora merge-rotate-quantize --scheme W8A8 (or W4A8, W4A16) --static all"
+        )

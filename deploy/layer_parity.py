@@ -43,6 +43,7 @@ from deploy.parity import (
 )
 from deploy.probed_decoder import ATTENTION, EMBEDDING, HEAD, MLP, LinearProbe, ProbedDecoder
 from deploy.stream_capture import STREAM, Values, capture, noise_floors, relative_size, with_streams
+from deploy.targets import Target
 from rolora.linear import QuantizedLinear
 
 ZERO_POINT = 128
@@ -58,10 +59,17 @@ def report_on_export(directory: Path, checkpoint_directory: Path) -> LayerReport
 
     Raises:
         StageOrderError: A directory is of another stage.
-        ConfigError: The export is that of another checkpoint.
+        ConfigError: The export is that of another checkpoint, or for another target.
         ArtifactError: ONNX Runtime cannot load it, or the checkpoint is damaged.
     """
     manifest = read_manifest(directory, ArtifactKind.ONNX)
+    target = str(manifest.details.get("target", Target.CPU))
+    if target != Target.CPU:
+        raise ConfigError(
+            f"{directory}: was exported with --target {target}; layers are compared in graphs of "
+            f"--target {Target.CPU}, which hold the same integers: export that one from the same "
+            f"checkpoint"
+        )
     with Checkpoint(checkpoint_directory) as checkpoint:
         own, expected = checkpoint.manifest.digest, str(manifest.parents.get("checkpoint"))
         if own != expected:

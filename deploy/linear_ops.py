@@ -1,19 +1,17 @@
 """The nodes of one linear: integer, block-quantized, or float.
 
-INTEGER (per-token or static scales), all products exact in int32:
+INTEGER (per-token or static scales, deploy/input_ops.py), all products exact in int32:
 
-    static   QuantizeLinear(x, s, 128) -> MatMulIntegerToFloat(q, W, s, s_w, 128, bias)
-    token    Abs, ReduceMax, Mul, Max -> s;  Div(x, s) -> QuantizeLinear(., 1, 128) ->
-    MatMulIntegerToFloat -> Mul(., s)
-    with zero points z, whose part in the product is taken off again
-             ReduceMin, ReduceMax ... -> s, z;  QuantizeLinear(x / s + z, 1, 128) ->
-    MatMulIntegerToFloat -> Mul(. - z * (s_w * sum_k W), s)
+    static   MatMulIntegerToFloat(q, W, s, s_w, zero, zero_w, bias)
+    token    MatMulIntegerToFloat(q, W, 1, s_w, zero, zero_w) -> Mul(., s)
+    with zero points z of the tokens, whose part in the product is taken off again
+             MatMulIntegerToFloat -> Mul(. - z * (s_w * sum_k W), s)
+    CUDA     MatMulInteger(q, W) -> Cast -> Mul(., s_w * s) in place of MatMulIntegerToFloat
 
-Activations are uint8 with zero point 128: on x64 the kernel for unsigned times signed is 10 to 50
-times faster than signed times signed. Below 8 bits a Clip on the bytes keeps the range. Weights of
-4 bits are INT4 initializers behind a Cast, which ONNX Runtime folds when it loads the model: the
-file has 4 bits, the kernel 8. A graph that shares its file with a graph of MatMulNBits reads that
-layout (blocked_weights).
+Signs and zero points are the target's (deploy/targets.py): the wrong ones are 10 to 50 times slower
+on x64, or not there at all. Weights of 4 bits are INT4 initializers behind a Cast, which ONNX
+Runtime folds when it loads the model: the file has 4 bits, the kernel 8. A graph that shares its
+file with a graph of MatMulNBits reads that layout (blocked_weights).
 
 NBITS: MatMulNBits at accuracy level 4, which quantizes each block of input columns to int8 itself,
 or at level 1, in float32, where the scheme leaves the input in float.
@@ -21,106 +19,16 @@ or at level 1, in float32, where the scheme leaves the input in float.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx_ir as ir
 
-from deploy.blocked_weights import block_scales, blocked_layout, pack_blocks, signed_weight
+from deploy.blocked_weights import block_scales, blocked_layout, integer_weight, pack_blocks
 from deploy.checkpoint import Checkpoint, StoredLinear
 from deploy.graph_builder import MICROSOFT, GraphBuilder
-from rolora.affine import SMALLEST_SCALE, activation_range
-from rolora.scheme import ActivationSpec, Granularity
+from deploy.input_ops import QuantizedInput
 
-ZERO_POINT = 128
-
-
-@dataclass(frozen=True)
-class QuantizedInput:
-    """An activation in bytes, ready for every linear that reads it."""
-
-    q: ir.Value
-    """uint8 [B, S, K] with zero point 128."""
-    static_scale: ir.Value
-    """float32 scalar: the calibrated scale, or 1 where the scale is per token."""
-    token_scale: ir.Value | None
-    """float32 [B, S, 1], or None where the scale is static."""
-    zero_point: ir.Value | None = None
-    """float32 [B, S, 1], integers that `q` exceeds 128 by for a 0; None if symmetric."""
-
-
-def quantize_input(
-    graph: GraphBuilder,
-    x: ir.Value,
-    spec: ActivationSpec,
-    input_scale: np.ndarray | None,
-    name: str,
-) -> QuantizedInput:
-    """Add the nodes that quantize an input once for all its readers.
-
-    Args:
-        graph: Receives the nodes.
-        x: float32 [B, S, K].
-        spec: TENSOR or TOKEN granularity.
-        input_scale: The calibrated scale, float32 scalar; only for TENSOR.
-        name: Prefix of node names.
-    """
-    quant_min, quant_max = activation_range(spec.bits)
-    byte_zero = graph.constant(np.uint8(ZERO_POINT))
-    token_scale = zero_point = None
-    scaled = x
-    if spec.granularity is Granularity.TENSOR:
-        assert input_scale is not None
-        scale = graph.constant(np.float32(input_scale))
-    elif spec.symmetric:
-        magnitude = graph.value("Abs", [x], f"{name}/Abs")
-        largest = _over_columns(graph, "ReduceMax", magnitude, name)
-        token_scale = _scale_of_range(graph, largest, spec.clip_ratio / quant_max, name)
-        scaled = graph.value("Div", [x, token_scale], f"{name}/Div")
-    else:
-        token_scale, zero_point = _scale_and_zero_point(graph, x, spec, name)
-        ratio = graph.value("Div", [x, token_scale], f"{name}/Div")
-        scaled = graph.value("Add", [ratio, zero_point], f"{name}/Add")
-    if token_scale is not None:
-        scale = graph.constant(np.float32(1.0))
-    q = graph.value("QuantizeLinear", [scaled, scale, byte_zero], f"{name}/QuantizeLinear")
-    if spec.bits < 8:
-        low, high = (
-            graph.constant(np.uint8(ZERO_POINT + bound)) for bound in (quant_min, quant_max)
-        )
-        q = graph.value("Clip", [q, low, high], f"{name}/Clip")
-    return QuantizedInput(q, scale, token_scale, zero_point)
-
-
-def _over_columns(graph: GraphBuilder, operator: str, x: ir.Value, name: str) -> ir.Value:
-    """Add a reduction over the last axis, float32 [B, S, 1]."""
-    axes = graph.constant(np.array([-1], np.int64))
-    return graph.value(operator, [x, axes], f"{name}/{operator}", keepdims=1)
-
-
-def _scale_of_range(graph: GraphBuilder, size: ir.Value, factor: float, name: str) -> ir.Value:
-    """Add the scale of a range, never 0."""
-    raw = graph.value("Mul", [size, graph.constant(np.float32(factor))], f"{name}/Mul")
-    return graph.value("Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max")
-
-
-def _scale_and_zero_point(
-    graph: GraphBuilder, x: ir.Value, spec: ActivationSpec, name: str
-) -> tuple[ir.Value, ir.Value]:
-    """Add scale and zero point of each token, as `rolora.activation` has them."""
-    zero = graph.constant(np.float32(0.0))
-    least = _over_columns(graph, "ReduceMin", x, name)
-    low = graph.value("Min", [least, zero], f"{name}/low/Min")
-    most = _over_columns(graph, "ReduceMax", x, name)
-    high = graph.value("Max", [most, zero], f"{name}/high/Max")
-    size = graph.value("Sub", [high, low], f"{name}/range/Sub")
-    scale = _scale_of_range(graph, size, spec.clip_ratio / (2**spec.bits - 1), name)
-    clip = graph.constant(np.float32(spec.clip_ratio))
-    clipped = graph.value("Mul", [low, clip], f"{name}/clip/Mul")
-    steps = graph.value("Div", [clipped, scale], f"{name}/zero/Div")
-    quant_min = graph.constant(np.float32(activation_range(spec.bits)[0]))
-    shifted = graph.value("Sub", [quant_min, steps], f"{name}/zero/Sub")
-    return scale, graph.value("Round", [shifted], f"{name}/zero/Round")
+WEIGHT_SHIFT = 128
+"""Zero point of weights that are stored unsigned."""
 
 
 def integer_linear(
@@ -131,6 +39,7 @@ def integer_linear(
     name: str,
     *,
     blocked: bool = False,
+    half: bool = False,
 ) -> ir.Value:
     """Add one integer product for linears that read the same input, their outputs side by side.
 
@@ -141,31 +50,31 @@ def integer_linear(
         linears: One or more per-channel linears with the same bits, packed along the output axis.
         name: Prefix of node names.
         blocked: Store the weight as MatMulNBits does, for a graph of that kernel beside this one.
+        half: Return float16.
 
     Returns:
-        float32 [B, S, sum of out_features].
+        float32 (or float16) [B, S, sum of out_features].
     """
+    shifted = x.numbers.shifts(linears[0].weight.bits)
     if blocked:
-        weight = signed_weight(graph, checkpoint, linears, blocked_layout(linears), name)
+        layout = blocked_layout(linears)
+        weight = integer_weight(graph, checkpoint, linears, layout, name, shifted=shifted)
     else:
-        weight = _column_weight(graph, checkpoint, linears, name)
+        weight = _column_weight(graph, checkpoint, linears, name, shifted=shifted)
     scales = np.concatenate([checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears])
-    bias = _concatenated_bias(checkpoint, linears)
+    bias = concatenated_bias(checkpoint, linears)
     bias_value = None if bias is None else graph.weight(f"{name}.bias", ir.tensor(bias))
-    inputs = [
-        x.q,
-        weight,
-        x.static_scale,
-        graph.weight(f"{name}.weight_scale", ir.tensor(scales)),
-        graph.constant(np.uint8(ZERO_POINT)),
-        None,
-        bias_value if x.token_scale is None else None,
-    ]
-    while inputs[-1] is None:
-        inputs.pop()
-    y = graph.value(
-        "MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT
-    )
+    scale = graph.weight(f"{name}.weight_scale", ir.tensor(scales))
+    if x.numbers.fused:
+        inline_bias = bias_value if x.token_scale is None else None
+        y = _fused_product(graph, x, weight, scale, inline_bias, name, shifted=shifted)
+    else:
+        inline_bias = None
+        y = graph.value("MatMulInteger", [x.q, weight], f"{name}/MatMulInteger")
+        y = graph.value("Cast", [y], f"{name}/product/Cast", to=ir.DataType.FLOAT)
+        if x.token_scale is None:
+            scale = graph.value("Mul", [scale, x.static_scale], f"{name}/scale/Mul")
+        y = graph.value("Mul", [y, scale], f"{name}/channel/Mul")
     if x.zero_point is not None:
         sums = [checkpoint.integers(linear).sum(axis=1, dtype=np.int32) for linear in linears]
         column = graph.weight(
@@ -175,31 +84,89 @@ def integer_linear(
         y = graph.value("Sub", [y, offset], f"{name}/zero/Sub")
     if x.token_scale is not None:
         y = graph.value("Mul", [y, x.token_scale], f"{name}/Mul")
-        if bias_value is not None:
-            y = graph.value("Add", [y, bias_value], f"{name}/Add")
+    if bias_value is not None and inline_bias is None:
+        y = graph.value("Add", [y, bias_value], f"{name}/Add")
+    if half:
+        y = graph.value("Cast", [y], f"{name}/half/Cast", to=ir.DataType.FLOAT16)
     return y
 
 
-def _column_weight(
-    graph: GraphBuilder, checkpoint: Checkpoint, linears: list[StoredLinear], name: str
+def _fused_product(
+    graph: GraphBuilder,
+    x: QuantizedInput,
+    weight: ir.Value,
+    scale: ir.Value,
+    bias: ir.Value | None,
+    name: str,
+    *,
+    shifted: bool,
 ) -> ir.Value:
-    """Add the weight as int8 [K, N], stored in that shape with 4 or 8 bits."""
+    """Add a MatMulIntegerToFloat."""
+    inputs = [
+        x.q,
+        weight,
+        x.static_scale,
+        scale,
+        graph.constant(x.numbers.byte(0)),
+        graph.constant(np.uint8(WEIGHT_SHIFT)) if shifted else None,
+        bias,
+    ]
+    while inputs[-1] is None:
+        inputs.pop()
+    return graph.value(
+        "MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT
+    )
+
+
+def _column_weight(
+    graph: GraphBuilder,
+    checkpoint: Checkpoint,
+    linears: list[StoredLinear],
+    name: str,
+    *,
+    shifted: bool,
+) -> ir.Value:
+    """Add the weight as int8 (or shifted to uint8) [K, N], stored in that shape."""
+    weight = stored_columns(graph, checkpoint, linears, name, shifted=shifted)
+    if linears[0].weight.bits == 4:
+        weight = graph.value("Cast", [weight], f"{name}/Cast", to=ir.DataType.INT8)
+    return weight
+
+
+def stored_columns(
+    graph: GraphBuilder,
+    checkpoint: Checkpoint,
+    linears: list[StoredLinear],
+    name: str,
+    *,
+    shifted: bool = False,
+) -> ir.Value:
+    """Add the integers of linears side by side as an initializer [K, N].
+
+    Args:
+        graph: Receives the initializer.
+        checkpoint: Holds the integers.
+        linears: Linears with the same input and bits.
+        name: Prefix of its name.
+        shifted: Store bytes as uint8 with zero point 128.
+
+    Returns:
+        INT4 for weights of 4 bits, else INT8 or UINT8.
+    """
     shape = (linears[0].in_features, sum(linear.out_features for linear in linears))
     four_bits = linears[0].weight.bits == 4
 
     def read() -> ir.TensorProtocol:
         weight = np.concatenate([checkpoint.integers(linear) for linear in linears]).T
-        if not four_bits:
-            return ir.tensor(np.ascontiguousarray(weight))
-        return ir.PackedTensor(
-            _pack_nibbles(weight), ir.DataType.INT4, shape=ir.Shape(weight.shape)
-        )
+        if four_bits:
+            nibbles = _pack_nibbles(weight)
+            return ir.PackedTensor(nibbles, ir.DataType.INT4, shape=ir.Shape(weight.shape))
+        if shifted:
+            weight = weight.view(np.uint8) ^ np.uint8(WEIGHT_SHIFT)
+        return ir.tensor(np.ascontiguousarray(weight))
 
-    dtype = ir.DataType.INT4 if four_bits else ir.DataType.INT8
-    weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read)
-    if four_bits:
-        weight = graph.value("Cast", [weight], f"{name}/Cast", to=ir.DataType.INT8)
-    return weight
+    wide = ir.DataType.UINT8 if shifted else ir.DataType.INT8
+    return graph.lazy_weight(f"{name}.weight", ir.DataType.INT4 if four_bits else wide, shape, read)
 
 
 def nbits_linear(
@@ -249,30 +216,41 @@ def nbits_linear(
 
 
 def float_linear(
-    graph: GraphBuilder, x: ir.Value, checkpoint: Checkpoint, linears: list[StoredLinear], name: str
+    graph: GraphBuilder,
+    x: ir.Value,
+    checkpoint: Checkpoint,
+    linears: list[StoredLinear],
+    name: str,
+    dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
-    """Add one float32 MatMul for linears that read the same input."""
+    """Add one MatMul in float32, or in float16, for linears that read the same input."""
 
     def read() -> ir.TensorProtocol:
         weight = np.concatenate([checkpoint.array(f"{linear.fqn}.weight") for linear in linears])
-        return ir.tensor(np.ascontiguousarray(weight.T))
+        return ir.tensor(np.ascontiguousarray(weight.T).astype(dtype.numpy()))
 
     shape = (linears[0].in_features, sum(linear.out_features for linear in linears))
-    weight = graph.lazy_weight(f"{name}.weight", ir.DataType.FLOAT, shape, read)
+    weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read)
     y = graph.value("MatMul", [x, weight], f"{name}/MatMul")
-    return _add_bias(graph, y, checkpoint, linears, name)
+    return _add_bias(graph, y, checkpoint, linears, name, dtype)
 
 
 def _add_bias(
-    graph: GraphBuilder, y: ir.Value, checkpoint: Checkpoint, linears: list[StoredLinear], name: str
+    graph: GraphBuilder,
+    y: ir.Value,
+    checkpoint: Checkpoint,
+    linears: list[StoredLinear],
+    name: str,
+    dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
-    bias = _concatenated_bias(checkpoint, linears)
+    bias = concatenated_bias(checkpoint, linears)
     if bias is None:
         return y
+    bias = bias.astype(dtype.numpy())
     return graph.value("Add", [y, graph.weight(f"{name}.bias", ir.tensor(bias))], f"{name}/Add")
 
 
-def _concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> np.ndarray | None:
+def concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> np.ndarray | None:
     """Return the biases side by side, zeros where a linear has none; None if all have none."""
     if not any(linear.has_bias for linear in linears):
         return None

@@ -19,6 +19,10 @@ kernel therefore has another reference: the torch model with the same integer we
 activations. It must be at least as near to it as the scheme itself, by the same measure (or within
 the bound above, where that is larger); the tests hold it to fail with a wrong scale or zero point.
 
+A graph of float16 rounds far more coarsely than float32, so its floor is that of a perturbation by
+half a unit in the last place of float16. Such a bound would miss small faults; so the same graph is
+first written with float32 in place of float16, and held to the bound above.
+
 A wrong epsilon, scale or rotation lies far outside for float checkpoints, whose floor is near 1e-5;
 the same graph code builds them, and the tests hold every family to that.
 """
@@ -32,15 +36,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deploy.blocked_weights import blocked_layout, unpack_blocks
 from deploy.calibration_text import sample_text
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint import Checkpoint
 from deploy.errors import ParityError
+from deploy.exact_weights import check_exact_weights
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
 from deploy.language_model import load_tokenizer
 from deploy.session import OnnxDecoder
@@ -51,6 +54,8 @@ PROMPT_TOKENS = 64
 
 PERTURBATION = 1e-5
 """Relative size of the noise on the embeddings that shows the noise floor."""
+HALF_PERTURBATION = 2.0**-11
+"""The same of a graph whose activations are rounded to float16."""
 DRAWS = 3
 """Perturbations tried; the floor is the worst of them."""
 CHANCE = 1.25
@@ -70,7 +75,7 @@ class ParityReport:
     prefill_error: float
     decode_error: float
     noise_floor: float
-    """The most that a perturbation of 1e-5 did to the torch reference itself."""
+    """The most that a perturbation (of 1e-5) did to the torch reference itself."""
     bound: float
     float_activation_error: float | None
     """Of the steps of a MatMulNBits graph, to the model with float activations; else None."""
@@ -89,6 +94,9 @@ def check_parity(
     directory: Path,
     ids: np.ndarray,
     forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
+    *,
+    provider: str | None = None,
+    perturbation: float = PERTURBATION,
 ) -> ParityReport:
     """Compare an exported directory with its checkpoint.
 
@@ -98,6 +106,8 @@ def check_parity(
         ids: int64 [PROMPT_TOKENS + DECODE_STEPS] tokens to run, or fewer for models with a short
             context.
         forms: The graphs of the export.
+        provider: Execution provider; None is the one that the export addresses.
+        perturbation: Relative size of the noise that shows the noise floor.
 
     Raises:
         ParityError: An integer differs, or an error exceeds its bound.
@@ -106,11 +116,11 @@ def check_parity(
     prompt = max(1, len(ids) - DECODE_STEPS)
     model = checkpoint.load_model()
     expected = torch_logits(model, ids)
-    floor = noise_floor(model, checkpoint.names.embedding, ids, expected)
+    floor = noise_floor(model, checkpoint.names.embedding, ids, expected, perturbation)
     by_nbits = [form.kernel is Kernel.NBITS for form in forms if not form.head_only]
     float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
     del model
-    with OnnxDecoder(directory) as decoder:
+    with OnnxDecoder(directory, provider=provider) as decoder:
         decoder.start(capacity=len(ids))
         prefill = decoder.append(ids[None, :prompt])[0]
         steps = [decoder.append(ids[None, i : i + 1])[0] for i in range(prompt, len(ids))]
@@ -202,89 +212,6 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def check_exact_weights(
-    checkpoint: Checkpoint,
-    directory: Path,
-    forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
-) -> int:
-    """Compare every quantized weight in every graph with the checkpoint, number by number.
-
-    Returns:
-        The number of linears compared in a whole graph.
-
-    Raises:
-        ParityError: An integer or a scale differs, or a linear is missing from a graph.
-    """
-    names = checkpoint.names
-    counts = [
-        _check_graph(
-            checkpoint,
-            directory,
-            form,
-            (names.head,) if form.head_only else (*names.linears(), names.head),
-        )
-        for form in forms
-    ]
-    return max(counts)
-
-
-def _check_graph(
-    checkpoint: Checkpoint, directory: Path, form: GraphForm, fqns_held: Sequence[str]
-) -> int:
-    """Compare one graph, which must hold the quantized ones of the linears named."""
-    initializers = ir.load(directory / form.file).graph.initializers
-    packed = [(block.query, block.key, block.value) for block in checkpoint.names.blocks]
-    alone = [(fqn,) for fqn in fqns_held]
-    compared = 0
-    for fqns in [*packed, *alone]:
-        linears = [checkpoint.linear(fqn) for fqn in fqns]
-        name = graph_name(fqns)
-        key = f"{name}.weight"
-        if linears[0].activation is None or key not in initializers:
-            continue
-        found = _stored_integers(_content(initializers[key]), linears, form)
-        expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
-        if not np.array_equal(found, expected):
-            raise ParityError(
-                f"{form.file}: {key}: the exported integers are not the checkpoint's; nothing was "
-                "written"
-            )
-        scales = _content(initializers[f"{key}_scale"]).numpy()
-        expected = np.concatenate([checkpoint.array(f"{fqn}.weight_scale") for fqn in fqns])
-        if not np.array_equal(scales.reshape(-1), expected.reshape(-1)):
-            raise ParityError(
-                f"{form.file}: {key}_scale: the exported scales are not the checkpoint's; nothing "
-                "was written"
-            )
-        compared += len(linears)
-    quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
-    if compared != quantized:
-        raise ParityError(
-            f"{form.file} holds {compared} of {quantized} quantized linears; nothing was written"
-        )
-    return compared
-
-
-def graph_name(fqns: tuple[str, ...]) -> str:
-    """Return the name under which linears that share an input stand in the graph."""
-    return f"{fqns[0].rpartition('.')[0]}.qkv" if len(fqns) > 1 else fqns[0]
-
-
-def _content(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value
-
-
-def _stored_integers(
-    tensor: ir.TensorProtocol, linears: list[StoredLinear], form: GraphForm
-) -> np.ndarray:
-    """Return the integers of an initializer as int8 [out, in], whichever kernel's layout it has."""
-    blocked = linears[0].needs_blocks or form.blocked or form.takes_nbits(linears[0])
-    if not blocked:
-        return tensor.numpy().astype(np.int8).T
-    return unpack_blocks(np.frombuffer(tensor.tobytes(), np.uint8), blocked_layout(linears))
-
-
 def torch_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """Return the logits of a torch model, float32 [T, V], for int64 [T]."""
     with torch.inference_mode():
@@ -293,7 +220,11 @@ def torch_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
 
 
 def noise_floor(
-    model: PreTrainedModel, embedding: str, ids: np.ndarray, expected: np.ndarray
+    model: PreTrainedModel,
+    embedding: str,
+    ids: np.ndarray,
+    expected: np.ndarray,
+    perturbation: float = PERTURBATION,
 ) -> float:
     """Return the most that a perturbation of the embeddings does to a model's own logits.
 
@@ -302,19 +233,24 @@ def noise_floor(
         embedding: FQN of its embedding.
         ids: int64 [T].
         expected: Its logits without perturbation, float32 [T, V].
+        perturbation: Relative size of the noise.
     """
     generator = torch.Generator().manual_seed(0)
-    draws = (perturbed_logits(model, embedding, ids, generator) for _ in range(DRAWS))
+    draws = (perturbed_logits(model, embedding, ids, generator, perturbation) for _ in range(DRAWS))
     return max(relative_error(logits, expected) for logits in draws)
 
 
 def perturbed_logits(
-    model: PreTrainedModel, embedding: str, ids: np.ndarray, generator: torch.Generator
+    model: PreTrainedModel,
+    embedding: str,
+    ids: np.ndarray,
+    generator: torch.Generator,
+    perturbation: float = PERTURBATION,
 ) -> np.ndarray:
-    """Return the logits with relative noise of size PERTURBATION on the embeddings."""
+    """Return the logits with relative noise on the embeddings."""
 
     def perturb(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output * (1.0 + PERTURBATION * torch.randn(output.shape, generator=generator))
+        return output * (1.0 + perturbation * torch.randn(output.shape, generator=generator))
 
     handle = model.get_submodule(embedding).register_forward_hook(perturb)
     try:

@@ -5,7 +5,8 @@ both read and append to one cache. The head over every position of a prompt is l
 first asked for.
 
 Past and present of a layer are one buffer, bound as input and as output, as ONNX Runtime GenAI does
-it: the attention operator then appends in place instead of copying the cache at every token.
+it: the attention operator then appends in place instead of copying the cache at every token. A
+portable graph appends by Concat; there every run returns a longer cache, and padding stays in it.
 
 This module needs numpy and onnxruntime only.
 """
@@ -30,6 +31,17 @@ HEAD_NAME = "head.onnx"
 HIDDEN_NAME = "last_hidden_state"
 """Further output of the prompt graph, and input of the head: the final norm, every position."""
 GENAI_CONFIG_NAME = "genai_config.json"
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+PORTABLE_OPTIONS = {
+    "session.qdq_matmulnbits_accuracy_level": "1",
+    "session.x64quantprecision": "1",
+}
+"""What ONNX Runtime needs to compute a portable graph as it stands. Where it makes a MatMulNBits of
+DequantizeLinear and MatMul, its default level 4 would round inputs; and x64 without VNNI would
+multiply unsigned by signed bytes, which saturates."""
+CACHE_DTYPES = {"tensor(int8)": np.int8, "tensor(float16)": np.float16}
+"""Of a cache that is not float32."""
 
 
 class OnnxDecoder:
@@ -40,13 +52,20 @@ class OnnxDecoder:
         threads: Threads per operator; None leaves the choice to ONNX Runtime.
         profiles: Directory that receives ONNX Runtime's record of every operator; see
             `end_profiling`.
+        provider: Execution provider; None is the one that the export addresses.
 
     Raises:
         ArtifactError: A file is missing or ONNX Runtime cannot load the graph.
+        ConfigError: The installed ONNX Runtime does not have the provider.
     """
 
     def __init__(
-        self, directory: Path, *, threads: int | None = None, profiles: Path | None = None
+        self,
+        directory: Path,
+        *,
+        threads: int | None = None,
+        profiles: Path | None = None,
+        provider: str | None = None,
     ) -> None:
         try:
             described = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))
@@ -59,6 +78,9 @@ class OnnxDecoder:
             self._head_size = int(decoder["head_size"])
             self.context_length = int(model["context_length"])
             self.vocab_size = int(model["vocab_size"])
+            self._shares_buffer = bool(described["search"].get("past_present_share_buffer", True))
+            listed = decoder["session_options"]["provider_options"]
+            on_gpu = any("cuda" in options for options in listed)
             ends = model["eos_token_id"]
             self.end_ids = frozenset(map(int, ends if isinstance(ends, list) else [ends]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -67,15 +89,22 @@ class OnnxDecoder:
                 f"({error!r}); export again"
             ) from error
         self._directory, self._threads, self._profiles = directory, threads, profiles
+        self._provider = provider or (CUDA_PROVIDER if on_gpu else CPU_PROVIDER)
+        if self._provider not in ort.get_available_providers():
+            raise ConfigError(
+                f"{directory} runs on {self._provider}, which this ONNX Runtime does not have (it "
+                f"has {', '.join(ort.get_available_providers())}); install onnxruntime-gpu on a "
+                f"machine with an NVIDIA GPU, or export with --target cpu"
+            )
         self._prompt_name = PROMPT_NAME if phased else GRAPH_NAME
         self._prompt = self._open(self._prompt_name)
         self._token = self._open(TOKEN_NAME) if phased else self._prompt
         self._last_logits = HIDDEN_NAME in (node.name for node in self._prompt.get_outputs())
         self._head: ort.InferenceSession | None = None
         types = {value.name: value.type for value in self._prompt.get_inputs()}
-        integer = types.get("past_key_values.0.key") == "tensor(int8)"
-        self._cache_dtype = np.int8 if integer else np.float32
+        self._cache_dtype = CACHE_DTYPES.get(types.get("past_key_values.0.key", ""), np.float32)
         self._cache: dict[str, ort.OrtValue] = {}
+        self._mask = np.zeros((0, 0), bool)
         self._capacity = self._batch = 0
         self._lengths = np.zeros(0, np.int64)
 
@@ -83,6 +112,9 @@ class OnnxDecoder:
         """Load one graph of the directory."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if not self._shares_buffer:
+            for entry in PORTABLE_OPTIONS.items():
+                options.add_session_config_entry(*entry)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if self._profiles is not None:
@@ -90,7 +122,7 @@ class OnnxDecoder:
             options.profile_file_prefix = str(self._profiles / name)
         path = self._directory / name
         try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(path), options, providers=[self._provider])
         except Exception as error:
             raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
 
@@ -147,17 +179,20 @@ class OnnxDecoder:
                 f"{capacity} tokens do not fit the context length of {self.context_length}; use a "
                 f"shorter text"
             )
-        if (capacity, batch) != (self._capacity, self._batch):
-            shape = (batch, self._kv_heads, capacity, self._head_size)
+        if (capacity, batch) != (self._capacity, self._batch) or not self._shares_buffer:
+            room = capacity if self._shares_buffer else 0
+            shape = (batch, self._kv_heads, room, self._head_size)
+            device = "cuda" if self._provider == CUDA_PROVIDER else "cpu"
             self._cache = {
                 f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(
-                    np.zeros(shape, self._cache_dtype)
+                    np.zeros(shape, self._cache_dtype), device
                 )
                 for layer in range(self._layers)
                 for part in ("key", "value")
             }
             self._capacity, self._batch = capacity, batch
         self._lengths = np.zeros(batch, np.int64)
+        self._mask = np.zeros((batch, 0), bool)
 
     def append(
         self, ids: np.ndarray, lengths: np.ndarray | None = None, *, last_only: bool = False
@@ -179,7 +214,7 @@ class OnnxDecoder:
                 than a token each, which ONNX Runtime cannot do.
         """
         batch, count = ids.shape
-        held = int(self._lengths.max(initial=0))
+        held = int(self._lengths.max(initial=0)) if self._shares_buffer else self._mask.shape[1]
         if batch != self._batch or held + count > self._capacity:
             raise ConfigError(
                 f"cache: room for {self._batch} sequences of {self._capacity} tokens, "
@@ -200,7 +235,11 @@ class OnnxDecoder:
             ]
             return found[-1] if last_only else np.concatenate(found, axis=1)
         self._lengths = self._lengths + added
-        mask = np.arange(held + count) < self._lengths[:, None]
+        real = np.arange(count) < added[:, None]
+        self._mask = np.concatenate([self._mask, real], axis=1)
+        mask = self._mask
+        if self._shares_buffer:  # what follows a padded prompt takes the padding's place
+            mask = np.arange(held + count) < self._lengths[:, None]
         if count == 1:
             return self._run(self._token, ids, mask, "logits")
         if last_only or not self._last_logits:
@@ -218,6 +257,8 @@ class OnnxDecoder:
         self, session: ort.InferenceSession, ids: np.ndarray, mask: np.ndarray, output: str
     ) -> np.ndarray:
         """Run a graph over the cache, which `append` has already counted the tokens to."""
+        if not self._shares_buffer:
+            return self._run_and_grow(session, ids, mask, output)
         binding = session.io_binding()
         self._bind(binding, ids, mask)
         binding.bind_output(output, "cpu")
@@ -232,6 +273,23 @@ class OnnxDecoder:
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             binding.bind_ortvalue_output(f"present.{name}", buffer)
+
+    def _run_and_grow(
+        self, session: ort.InferenceSession, ids: np.ndarray, mask: np.ndarray, output: str
+    ) -> np.ndarray:
+        """Run a graph that returns a longer cache, and keep that."""
+        tokens = {
+            "input_ids": np.ascontiguousarray(ids, dtype=np.int64),
+            "attention_mask": mask.astype(np.int64),
+        }
+        given = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tokens.items()}
+        given |= {f"past_key_values.{name}": value for name, value in self._cache.items()}
+        names = list(self._cache)
+        wanted = [output, *(f"present.{name}" for name in names)]
+        found, *presents = session.run_with_ort_values(wanted, given)
+        self._cache = dict(zip(names, presents, strict=True))
+        result: np.ndarray = found.numpy()
+        return result
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Run one sequence from the start.

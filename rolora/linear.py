@@ -4,7 +4,8 @@ With activation scale s_x and zero point z (per tensor or token) and weight scal
 
     y = s_x * (q_x @ q_w^T - z * sum_k q_w) * s_w + bias      the bracket in exact int32
 
-and with groups g of input columns the sum of that over g, each with its own s_x, z and s_w. Where
+and with groups g of input columns the sum of that over g, each with its own s_x, z and s_w, or with
+its own s_w alone where s_x is static. Where
 only the weight is quantized, or only the input, the product is one of float32.
 """
 
@@ -85,7 +86,7 @@ class QuantizedLinear(nn.Module):
 
     Raises:
         ValueError: `input_scale` and the granularity contradict each other, or the weight's groups
-            are not those of a quantized input.
+            are not those of an input that is quantized at run time.
     """
 
     weight: Tensor
@@ -106,7 +107,8 @@ class QuantizedLinear(nn.Module):
         _require_scale(activation, input_scale)
         # Grouped scales of the weight on a product over all groups would broadcast into nonsense.
         groups = activation.group_size if activation.granularity is Granularity.GROUP else None
-        if not activation.is_float and weight_spec.group_size not in (None, groups):
+        static = activation.granularity is Granularity.TENSOR
+        if not (activation.is_float or static) and weight_spec.group_size not in (None, groups):
             raise ValueError(
                 f"groups: expected the same for weight and input, got {weight_spec.group_size} and "
                 f"{groups}"
@@ -138,7 +140,7 @@ class QuantizedLinear(nn.Module):
             return nn.functional.linear(x.float(), self.dequantized_weight(), self.bias)
         flat = x.reshape(-1, x.shape[-1]).float()
         quantized = self.quantize_input(flat)
-        if self.activation.granularity is Granularity.GROUP:
+        if Granularity.GROUP in (self.activation.granularity, self.weight_spec.granularity):
             y = self._grouped_product(quantized)
         else:
             product = integer_matmul(quantized.q, self.weight)
@@ -151,7 +153,8 @@ class QuantizedLinear(nn.Module):
 
     def _grouped_product(self, x: QuantizedActivation) -> Tensor:
         """Sum the exact products of the groups, weighted by both scales; float32 [T, N]."""
-        width = self.activation.group_size or self.in_features
+        width = self.activation.group_size or self.weight_spec.group_size or self.in_features
+        static = self.activation.granularity is Granularity.TENSOR
         y = torch.zeros(x.q.shape[0], self.out_features)
         for group, start in enumerate(range(0, self.in_features, width)):
             columns = slice(start, start + width)
@@ -160,9 +163,8 @@ class QuantizedLinear(nn.Module):
             if x.zero_point is not None:
                 product -= x.zero_point[:, group] * weight.sum(dim=1, dtype=torch.int32)
             scale = self.weight_scale
-            y += (
-                product.float() * x.scale[:, group] * (scale[:, group] if scale.ndim > 1 else scale)
-            )
+            input_scale = x.scale if static else x.scale[:, group]
+            y += product.float() * input_scale * (scale[:, group] if scale.ndim > 1 else scale)
         return y
 
     def dequantized_weight(self) -> Tensor:

@@ -6,7 +6,8 @@ symmetric or, per token or group, asymmetric (with a zero point). The granularit
 data too, since each integer kernel dictates its own::
 
     CHANNEL   one scale an output channel           weights
-    TENSOR    one scale, fixed by calibration       inputs that follow a norm (in a rotated model)
+    TENSOR    one scale, fixed by calibration       inputs that follow a norm (in a rotated model);
+                                                    all, for runtimes without run-time scales
     TOKEN     one scale a token, at run time        every other input
     GROUP     one scale a block of input columns    weights with groups, and their inputs (a scale a
                                                     token and block): the kernel quantizes each
@@ -32,6 +33,8 @@ TABLE_GROUP_SIZES = (64, 32, 16)
 """Columns of a 4-bit embedding that share a scale: the first that divides them."""
 AUTO: Literal["auto"] = "auto"
 """Chosen on calibration text, for each input by itself."""
+ALL: Literal["all"] = "all"
+"""For every input, not for those after a norm alone."""
 
 
 class Granularity(StrEnum):
@@ -138,8 +141,9 @@ class QuantizationRecipe:
     """Shrink each weight scale to the one with the least squared error."""
     activation_clip: float | Literal["auto"] | None = None
     """Clip ratio of per-token scales; None is 0.7 at 4 bits (0.9 in groups), else 1."""
-    static_after_norm: bool | Literal["auto"] = True
-    """One calibrated scale for inputs that follow a norm; pays only in a rotated model."""
+    static_after_norm: bool | Literal["auto", "all"] = True
+    """One calibrated scale for inputs that follow a norm; pays only in a rotated model. ALL gives
+    one to the inputs of the output and down projections too: a fixed-point graph needs that."""
     embedding_bits: int = 8
     head_bits: int = 8
     asymmetric: bool = False
@@ -166,9 +170,15 @@ class QuantizationRecipe:
                 f"inputs itself, symmetrically and in the same groups; leave the activation group "
                 f"size and asymmetric activations out"
             )
-        if self.static_after_norm not in (True, False, AUTO):
+        if self.static_after_norm not in (True, False, AUTO, ALL):
             raise ValueError(
-                f"static scales: expected True, False or {AUTO}, got {self.static_after_norm!r}"
+                f"static scales: expected True, False, {AUTO} or {ALL}, got "
+                f"{self.static_after_norm!r}"
+            )
+        if self.static_after_norm == ALL and (self.activation_group_size or self.asymmetric):
+            raise ValueError(
+                f"static scales for {ALL} inputs are one a tensor and symmetric; leave the "
+                f"activation group size and asymmetric activations out"
             )
         clip = self.activation_clip
         if isinstance(clip, str) and clip != AUTO:
@@ -215,6 +225,8 @@ class QuantizationRecipe:
         wanted = self.scheme.activation_bits if bits is None else bits
         if wanted == UNQUANTIZED_BITS:
             return FLOAT_INPUT
+        if self.static_after_norm == ALL:
+            return ActivationSpec(wanted, Granularity.TENSOR)
         if self.group_size is not None:
             return ActivationSpec(wanted, Granularity.GROUP, group_size=self.group_size)
         if self.activation_group_size is None and after_norm and self.static_after_norm:

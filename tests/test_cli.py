@@ -31,8 +31,8 @@ from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, Scheduler
 from rolora.learned import Objective
 from rolora.rotation import DRAWN_KINDS
+from rolora.scheme import ALL, WeightMethod
 from rolora.scheme import AUTO as CHOSEN
-from rolora.scheme import WeightMethod
 from tests.deploy.tiny_artifacts import (
     make_adapter,
     make_checkpoint,
@@ -582,6 +582,19 @@ def test_a_failed_parity_check_ends_with_six_and_nothing_on_disk(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kernel_that_a_target_lacks_is_refused_before_anything_is_read(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    command = ("export", "--checkpoint", tmp_path / "no", "--output", tmp_path / "out", "--dry-run")
+    refused = terminal(*command, "--target", "qdq", "--kernel", "nbits")
+    assert refused.code == 2
+    assert "--target qdq has no --kernel nbits" in refused.err
+    portable = json.loads(terminal(*command, "--kernel", "qdq").out)
+    assert (portable["target"], portable["kernel"]) == ("qdq", "qdq")
+    plain = json.loads(terminal(*command).out)
+    assert (plain["target"], plain["kernel"]) == ("cpu", "auto")
+
+
 def test_an_export_for_other_programs_warns_of_what_they_must_do(
     terminal: Terminal, base: Path, tmp_path: Path
 ) -> None:
@@ -730,7 +743,7 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
         (cli.FormatName, ExportFormat),
         (cli.TargetName, Target),
         (cli.KernelName, Kernel),
-        (cli.StaticName, ["yes", "no", CHOSEN]),
+        (cli.StaticName, ["yes", "no", CHOSEN, ALL]),
     ],
 )
 def test_the_choices_offered_are_those_that_the_stages_know(offered: Any, known: Any) -> None:

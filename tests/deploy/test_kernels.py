@@ -17,11 +17,12 @@ from deploy.artifact import hash_file, verify_files
 from deploy.bench import BenchSettings, bench_onnx
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ParityError, UnsupportedModelError
+from deploy.exact_weights import check_exact_weights
 from deploy.export import DATA_NAME
 from deploy.genai_config import PROMPT_CHUNK
 from deploy.kernels import Kernel, graph_forms
 from deploy.language_model import open_language_model
-from deploy.parity import check_exact_weights, relative_error
+from deploy.parity import relative_error
 from deploy.run import Sampling, TextGenerator
 from deploy.session import (
     GENAI_CONFIG_NAME,

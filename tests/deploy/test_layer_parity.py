@@ -34,6 +34,7 @@ EXPORTS = {
     "w8a8": ("W8A8", Kernel.AUTO, {"rotate": "r1,r2,r4"}),
     "w4a8": ("W4A8", Kernel.AUTO, {}),
     "w4a8 nbits": ("W4A8", Kernel.NBITS, {}),
+    "w4a8 tables": ("W4A8", Kernel.AUTO, {"embedding_bits": 4, "head_bits": 4}),
     "w4a4": ("W4A4", Kernel.INTEGER, {"asymmetric": True}),
 }
 
@@ -99,7 +100,7 @@ def test_a_sound_export_departs_nowhere(name: str, pairs: dict[str, tuple[Path, 
     assert len(report.parts) == 2 * each_phase
     assert {part.phase for part in report.parts} == {"prefill", "decode"}
     counted = sum(part.integers for part in report.parts if part.is_linear)
-    assert (counted > 0) == (name in ("w8a8", "w4a8", "w4a4"))
+    assert (counted > 0) == (name in ("w8a8", "w4a8", "w4a8 tables", "w4a4"))
     streams = [part for part in report.parts if part.part == "attention" and part.integers]
     assert bool(streams) == bool(counted)
 

@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 
 from deploy.checkpoint import StoredLinear
 from deploy.graph_builder import GraphBuilder, graph_value, name_output
-from deploy.linear_ops import (
-    ZERO_POINT,
-    QuantizedInput,
-    float_linear,
-    integer_linear,
-    nbits_linear,
-    quantize_input,
-)
+from deploy.input_ops import QuantizedInput, quantize_input
+from deploy.linear_ops import float_linear, integer_linear, nbits_linear
+from deploy.targets import CPU_FORMAT
 from rolora.affine import activation_range, weight_range
 from rolora.linear import QuantizedLinear
 from rolora.packing import pack_int4
@@ -127,7 +122,7 @@ def run_quantizer(spec: ActivationSpec, scale: float | None, x: np.ndarray) -> t
     if q.token_scale is not None:
         outputs.append((1, (q.token_scale, ir.DataType.FLOAT)))
     results = run(graph, value, outputs, x[None])
-    integers = results[0][0].astype(np.int16) - ZERO_POINT
+    integers = results[0][0].astype(np.int16) - CPU_FORMAT.zero_point
     return integers, results[1][0] if len(results) > 1 else np.float32(scale)
 
 

@@ -15,7 +15,8 @@ import deploy.export
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
-from deploy.parity import check_exact_weights, check_parity, graph_name, relative_error
+from deploy.exact_weights import check_exact_weights, graph_name
+from deploy.parity import check_parity, relative_error
 from deploy.session import GRAPH_NAME
 from tests.deploy.tiny_artifacts import (
     make_checkpoint,

@@ -78,9 +78,14 @@ def make_checkpoint(
     return output
 
 
-def make_export(checkpoint: Path, output: Path, kernel: Kernel = Kernel.INTEGER) -> ExportReport:
+def make_export(
+    checkpoint: Path,
+    output: Path,
+    kernel: Kernel = Kernel.INTEGER,
+    target: Target = Target.CPU,
+) -> ExportReport:
     """Run export."""
-    return export_onnx(checkpoint, output, Target.CPU, kernel)
+    return export_onnx(checkpoint, output, target, kernel)
 
 
 ROWS = [

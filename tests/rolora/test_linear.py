@@ -216,6 +216,19 @@ def test_a_grouped_weight_dequantizes_group_by_group() -> None:
     assert not torch.equal(plain.dequantized_weight(), expected)
 
 
+def test_groups_of_a_weight_go_with_one_static_scale_of_the_input() -> None:
+    q_w, scale, static = integers((5, 96), 2), torch.rand(5, 3) + 0.1, torch.tensor(2.0**-6)
+    bias = torch.randn(5)
+    module = QuantizedLinear(
+        q_w, scale, bias, WeightSpec(8, 32), ActivationSpec(8, Granularity.TENSOR), static
+    )
+    x = torch.randn(4, 96)
+    expected, magnitude = reference(module, x, 32)
+    assert ((module(x).double() - expected).abs() <= 8 * EPS * magnitude).all()
+    module.weight_scale[:, 1] *= 1.01  # the control: a group's scale counts
+    assert ((module(x).double() - expected).abs() > 8 * EPS * magnitude).any()
+
+
 def test_an_input_scale_and_the_granularity_must_agree() -> None:
     q_w, scale, weight = integers((2, 4), 0), torch.ones(2), WeightSpec(8)
     with pytest.raises(ValueError, match="tensor granularity needs one, got none"):

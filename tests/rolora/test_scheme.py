@@ -67,6 +67,8 @@ def test_a_width_too_long_for_python_is_refused_like_any_other() -> None:
         ("W8A8", {"activation_clip": float("nan")}, "clip ratio.*got nan"),
         ("W8A8", {"activation_clip": "best"}, "expected auto or a number, got 'best'"),
         ("W8A8", {"static_after_norm": "maybe"}, "static scales: .*got 'maybe'"),
+        ("W8A8", {"static_after_norm": "all", "asymmetric": True}, "for all inputs .*symmetric"),
+        ("W8A8", {"static_after_norm": "all", "activation_group_size": 32}, "for all inputs"),
         ("W4A4", {"activation_group_size": 48}, "activation group size: .*got 48"),
         ("W4A8", {"group_size": 32, "activation_group_size": 32}, "quantizes their inputs itself"),
         ("W4A8", {"group_size": 32, "asymmetric": True}, "quantizes their inputs itself"),
@@ -118,6 +120,20 @@ def test_static_scales_stand_only_behind_norms() -> None:
     dynamic = QuantizationRecipe(Scheme(4, 6), activation_clip=0.9, static_after_norm=False)
     assert dynamic.block_input(after_norm=True) == ActivationSpec(6, Granularity.TOKEN, 0.9)
     assert dynamic.head_input() == ActivationSpec(8, Granularity.TOKEN)
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_static_scales_for_all_inputs_leave_the_weights_their_groups(
+    group_size: int | None,
+) -> None:
+    recipe = QuantizationRecipe(Scheme(4, 8), static_after_norm="all", group_size=group_size)
+    for after_norm in (True, False):
+        spec = recipe.block_input(after_norm=after_norm)
+        assert spec == ActivationSpec(8, Granularity.TENSOR)
+    assert recipe.block_weight() == WeightSpec(4, group_size)
+    assert recipe.head_input() == ActivationSpec(8, Granularity.TENSOR)
+    weights_alone = QuantizationRecipe(Scheme(4, 16), static_after_norm="all")
+    assert weights_alone.block_input(after_norm=True) == FLOAT_INPUT
 
 
 def test_defaults_are_the_safe_choices() -> None:

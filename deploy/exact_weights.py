@@ -1,0 +1,107 @@
+"""Are the quantized weights of an ONNX file the checkpoint's, number by number?
+
+Whichever layout a kernel wants, it is undone here: blocks, nibbles, columns in place of rows, bytes
+shifted to unsigned ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from deploy.blocked_weights import blocked_layout, unpack_blocks
+from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.errors import ParityError
+from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
+from deploy.linear_ops import WEIGHT_SHIFT
+
+
+def check_exact_weights(
+    checkpoint: Checkpoint,
+    directory: Path,
+    forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
+) -> int:
+    """Compare every quantized weight in every graph with the checkpoint, number by number.
+
+    Returns:
+        The number of linears compared in a whole graph.
+
+    Raises:
+        ParityError: An integer or a scale differs, or a linear is missing from a graph.
+    """
+    names = checkpoint.names
+    counts = [
+        _check_graph(
+            checkpoint,
+            directory,
+            form,
+            (names.head,) if form.head_only else (*names.linears(), names.head),
+        )
+        for form in forms
+    ]
+    return max(counts)
+
+
+def _check_graph(
+    checkpoint: Checkpoint, directory: Path, form: GraphForm, fqns_held: Sequence[str]
+) -> int:
+    """Compare one graph, which must hold the quantized ones of the linears named."""
+    initializers = ir.load(directory / form.file).graph.initializers
+    packed = [(block.query, block.key, block.value) for block in checkpoint.names.blocks]
+    alone = [(fqn,) for fqn in fqns_held]
+    compared = 0
+    for fqns in [*packed, *alone]:
+        linears = [checkpoint.linear(fqn) for fqn in fqns]
+        name = graph_name(fqns)
+        key = f"{name}.weight"
+        if linears[0].activation is None or key not in initializers:
+            continue
+        found = _stored_integers(_content(initializers[key]), linears, form)
+        expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
+        if not np.array_equal(found, expected):
+            raise ParityError(
+                f"{form.file}: {key}: the exported integers are not the checkpoint's; nothing was "
+                "written"
+            )
+        scales = _content(initializers[f"{key}_scale"]).numpy()
+        if form.kernel is Kernel.QDQ:
+            scales = scales.T
+        expected = np.concatenate([checkpoint.array(f"{fqn}.weight_scale") for fqn in fqns])
+        if not np.array_equal(scales.reshape(-1), expected.reshape(-1)):
+            raise ParityError(
+                f"{form.file}: {key}_scale: the exported scales are not the checkpoint's; nothing "
+                "was written"
+            )
+        compared += len(linears)
+    quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
+    if compared != quantized:
+        raise ParityError(
+            f"{form.file} holds {compared} of {quantized} quantized linears; nothing was written"
+        )
+    return compared
+
+
+def graph_name(fqns: tuple[str, ...]) -> str:
+    """Return the name under which linears that share an input stand in the graph."""
+    return f"{fqns[0].rpartition('.')[0]}.qkv" if len(fqns) > 1 else fqns[0]
+
+
+def _content(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _stored_integers(
+    tensor: ir.TensorProtocol, linears: list[StoredLinear], form: GraphForm
+) -> np.ndarray:
+    """Return the integers of an initializer as int8 [out, in], whichever kernel's layout it has."""
+    by_nbits = linears[0].needs_blocks or form.takes_nbits(linears[0])
+    if form.kernel is Kernel.QDQ or not (form.blocked or by_nbits):
+        columns = tensor.numpy()
+        if columns.dtype == np.uint8:
+            columns = (columns ^ np.uint8(WEIGHT_SHIFT)).view(np.int8)
+        return columns.astype(np.int8).T
+    return unpack_blocks(np.frombuffer(tensor.tobytes(), np.uint8), blocked_layout(linears))

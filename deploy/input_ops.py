@@ -1,0 +1,113 @@
+"""The nodes that turn an input into integers, once for all the linears that read it.
+
+    static   QuantizeLinear(x, s, zero)
+    token    Abs, ReduceMax, Mul, Max -> s;  Div(x, s) -> QuantizeLinear(., 1, zero)
+    with zero points of the tokens
+             ReduceMin, ReduceMax ... -> s, z;  QuantizeLinear(x / s + z, 1, zero)
+
+`zero` is what the target's kernels want: uint8 128 or int8 0. Below 8 bits a Clip on the bytes
+keeps the range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from deploy.graph_builder import GraphBuilder
+from deploy.targets import CPU_FORMAT, IntegerFormat
+from rolora.affine import SMALLEST_SCALE, activation_range
+from rolora.scheme import ActivationSpec, Granularity
+
+
+@dataclass(frozen=True)
+class QuantizedInput:
+    """An activation in bytes, ready for every linear that reads it."""
+
+    q: ir.Value
+    """uint8 or int8 [B, S, K], as `numbers` has it."""
+    static_scale: ir.Value
+    """float32 scalar: the calibrated scale, or 1 where the scale is per token."""
+    token_scale: ir.Value | None
+    """float32 [B, S, 1], or None where the scale is static."""
+    zero_point: ir.Value | None = None
+    """float32 [B, S, 1], integers that `q` exceeds its zero by for a 0; None if symmetric."""
+    numbers: IntegerFormat = CPU_FORMAT
+
+
+def quantize_input(
+    graph: GraphBuilder,
+    x: ir.Value,
+    spec: ActivationSpec,
+    input_scale: np.ndarray | None,
+    name: str,
+    numbers: IntegerFormat = CPU_FORMAT,
+) -> QuantizedInput:
+    """Add the nodes that quantize an input once for all its readers.
+
+    Args:
+        graph: Receives the nodes.
+        x: float32 [B, S, K], or float16 where `numbers` is half.
+        spec: TENSOR or TOKEN granularity.
+        input_scale: The calibrated scale, float32 scalar; only for TENSOR.
+        name: Prefix of node names.
+        numbers: How the target's kernels want integers.
+    """
+    if numbers.half:
+        x = graph.value("Cast", [x], f"{name}/Cast", to=ir.DataType.FLOAT)
+    quant_min, quant_max = activation_range(spec.bits)
+    byte_zero = graph.constant(numbers.byte(0))
+    token_scale = zero_point = None
+    scaled = x
+    if spec.granularity is Granularity.TENSOR:
+        assert input_scale is not None
+        scale = graph.constant(np.float32(input_scale))
+    elif spec.symmetric:
+        magnitude = graph.value("Abs", [x], f"{name}/Abs")
+        largest = _over_columns(graph, "ReduceMax", magnitude, name)
+        token_scale = _scale_of_range(graph, largest, spec.clip_ratio / quant_max, name)
+        scaled = graph.value("Div", [x, token_scale], f"{name}/Div")
+    else:
+        token_scale, zero_point = _scale_and_zero_point(graph, x, spec, name)
+        ratio = graph.value("Div", [x, token_scale], f"{name}/Div")
+        scaled = graph.value("Add", [ratio, zero_point], f"{name}/Add")
+    if token_scale is not None:
+        scale = graph.constant(np.float32(1.0))
+    q = graph.value("QuantizeLinear", [scaled, scale, byte_zero], f"{name}/QuantizeLinear")
+    if spec.bits < 8:
+        low, high = (graph.constant(numbers.byte(bound)) for bound in (quant_min, quant_max))
+        q = graph.value("Clip", [q, low, high], f"{name}/Clip")
+    return QuantizedInput(q, scale, token_scale, zero_point, numbers)
+
+
+def _over_columns(graph: GraphBuilder, operator: str, x: ir.Value, name: str) -> ir.Value:
+    """Add a reduction over the last axis, float32 [B, S, 1]."""
+    axes = graph.constant(np.array([-1], np.int64))
+    return graph.value(operator, [x, axes], f"{name}/{operator}", keepdims=1)
+
+
+def _scale_of_range(graph: GraphBuilder, size: ir.Value, factor: float, name: str) -> ir.Value:
+    """Add the scale of a range, never 0."""
+    raw = graph.value("Mul", [size, graph.constant(np.float32(factor))], f"{name}/Mul")
+    return graph.value("Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max")
+
+
+def _scale_and_zero_point(
+    graph: GraphBuilder, x: ir.Value, spec: ActivationSpec, name: str
+) -> tuple[ir.Value, ir.Value]:
+    """Add scale and zero point of each token, as `rolora.activation` has them."""
+    zero = graph.constant(np.float32(0.0))
+    least = _over_columns(graph, "ReduceMin", x, name)
+    low = graph.value("Min", [least, zero], f"{name}/low/Min")
+    most = _over_columns(graph, "ReduceMax", x, name)
+    high = graph.value("Max", [most, zero], f"{name}/high/Max")
+    size = graph.value("Sub", [high, low], f"{name}/range/Sub")
+    scale = _scale_of_range(graph, size, spec.clip_ratio / (2**spec.bits - 1), name)
+    clip = graph.constant(np.float32(spec.clip_ratio))
+    clipped = graph.value("Mul", [low, clip], f"{name}/clip/Mul")
+    steps = graph.value("Div", [clipped, scale], f"{name}/zero/Div")
+    quant_min = graph.constant(np.float32(activation_range(spec.bits)[0]))
+    shifted = graph.value("Sub", [quant_min, steps], f"{name}/zero/Sub")
+    return scale, graph.value("Round", [shifted], f"{name}/zero/Round")
