@@ -1,9 +1,9 @@
-"""Decoder families: which module plays which part. The only place that spells their names.
+"""A decoder read off its config: which module plays which part, and what it computes.
 
-The four families share one layout: pre-norm blocks with RMSNorm, rotary attention and a gated SiLU
-MLP. They differ in biases (found on the modules themselves), in q/k norms and in where a sliding
-attention window applies. What a config may ask for beyond that is refused here, before any weight
-is read, because a rotation or a graph that ignored it would be silently wrong.
+Conventions of a family come from `deploy.families`; this is the only place that spells module
+names. Biases are found on the modules themselves. What a config may ask for beyond that is refused
+here, before any weight is read, because a rotation or a graph that ignored it would be silently
+wrong.
 
 Encoders, which have blocks of another kind, are in `encoder_architecture`.
 """
@@ -12,38 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.families import ACTIVATION_NAMES, ROPE_TYPES, Family, WindowRule, family_of
 from rolora.decoder import BlockNames, DecoderNames
-
-
-class WindowRule(StrEnum):
-    """Which layers of a family attend through a sliding window."""
-
-    NONE = "none"
-    EVERY_LAYER = "every layer"
-    LAYER_TYPES = "layer types"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets one model family apart from the common layout."""
-
-    has_qk_norms: bool
-    window: WindowRule
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(has_qk_norms=False, window=WindowRule.NONE),
-    "mistral": Family(has_qk_norms=False, window=WindowRule.EVERY_LAYER),
-    "qwen2": Family(has_qk_norms=False, window=WindowRule.LAYER_TYPES),
-    "qwen3": Family(has_qk_norms=True, window=WindowRule.LAYER_TYPES),
-}
-"""By `model_type` of config.json."""
 
 TARGET_PARTS: Mapping[str, str] = {
     "q": "query",
@@ -58,13 +33,6 @@ TARGET_PARTS: Mapping[str, str] = {
 
 ALL_TARGETS = "all"
 
-ENCODER_TYPES = ("bert", "roberta")
-"""Model types of encoders, which learn to classify and are neither rotated nor exported."""
-
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the text."""
-
 
 @dataclass(frozen=True)
 class QueryKeyNorms:
@@ -72,30 +40,6 @@ class QueryKeyNorms:
 
     query: str
     key: str
-
-
-def family_of(model_type: str, where: str = "model") -> Family:
-    """Return the family of a `model_type`.
-
-    Args:
-        model_type: as in config.json.
-        where: model named in the message.
-
-    Raises:
-        UnsupportedModelError: not one of `FAMILIES`.
-    """
-    if model_type in ENCODER_TYPES:
-        raise UnsupportedModelError(
-            f"{where}: model type {model_type!r} is an encoder, which learns to classify: add "
-            "--task classification to rolora finetune, --tasks classification to rolora evaluate; "
-            f"here {', '.join(FAMILIES)} are supported"
-        )
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{where}: model type {model_type!r} is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
 
 
 def decoder_names(config: PreTrainedConfig) -> DecoderNames:
@@ -107,8 +51,8 @@ def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     Raises:
         UnsupportedModelError: another family, or a feature that we do not handle.
     """
-    family_of(config.model_type)
-    _refuse_unhandled_features(config)
+    family = family_of(config.model_type)
+    _refuse_unhandled_features(config, family)
     return DecoderNames(
         embedding="model.embed_tokens",
         blocks=tuple(_block_names(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
@@ -212,10 +156,11 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def _refuse_unhandled_features(config: PreTrainedConfig) -> None:
+def _refuse_unhandled_features(config: PreTrainedConfig, family: Family) -> None:
     faults = []
-    if config.hidden_act not in ("silu", "swish"):
-        faults.append(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
+    activation = getattr(config, family.activation_field)
+    if ACTIVATION_NAMES.get(activation) is not family.activation:
+        faults.append(f"{family.activation_field} is {activation!r}, expected {family.activation}")
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:

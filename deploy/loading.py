@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from deploy.architecture import decoder_names, family_of
+from deploy.architecture import decoder_names
 from deploy.artifact import (
     MANIFEST_NAME,
     TAKEN_BY,
@@ -36,6 +36,7 @@ from deploy.artifact import (
     verify_files,
 )
 from deploy.errors import ArtifactError, StageOrderError, UnsupportedModelError
+from deploy.families import family_of
 from deploy.gguf_files import check_gguf
 from deploy.model_location import locate_model
 from deploy.weight_files import (

@@ -15,13 +15,13 @@ from transformers import (
 )
 
 from deploy.architecture import (
-    FAMILIES,
     decoder_names,
     qk_norms,
     resolve_targets,
     sliding_window_per_layer,
 )
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.families import FAMILIES
 
 
 def test_every_name_is_a_module_and_every_linear_and_norm_is_named(

@@ -1,0 +1,86 @@
+"""The parts and conventions of each decoder family, as data.
+
+All families are decoders of blocks with RMSNorm, rotary attention and a gated MLP. A `Family` says
+in what one of them departs from the others; `deploy.architecture` reads a config by it, and nothing
+else asks for a model type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from deploy.errors import UnsupportedModelError
+
+
+class WindowRule(StrEnum):
+    """Which layers of a family attend through a sliding window."""
+
+    NONE = "none"
+    EVERY_LAYER = "every layer"
+    LAYER_TYPES = "layer types"
+
+
+class Activation(StrEnum):
+    """What the gate of an MLP goes through."""
+
+    SILU = "silu"
+
+
+ACTIVATION_NAMES: Mapping[str, Activation] = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+}
+"""By the names that configs have for them."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the text."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one model family apart from the common layout."""
+
+    window: WindowRule = WindowRule.NONE
+    has_qk_norms: bool = False
+    """Whether queries and keys are normalized, head by head."""
+    activation: Activation = Activation.SILU
+    activation_field: str = "hidden_act"
+    """Field of the config that names it."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(window=WindowRule.EVERY_LAYER),
+    "qwen2": Family(window=WindowRule.LAYER_TYPES),
+    "qwen3": Family(window=WindowRule.LAYER_TYPES, has_qk_norms=True),
+}
+"""By `model_type` of config.json."""
+
+ENCODER_TYPES = ("bert", "roberta")
+"""Model types of encoders, which learn to classify and are neither rotated nor exported."""
+
+
+def family_of(model_type: str, where: str = "model") -> Family:
+    """Return the family of a `model_type`.
+
+    Args:
+        model_type: as in config.json.
+        where: model named in the message.
+
+    Raises:
+        UnsupportedModelError: not one of `FAMILIES`.
+    """
+    if model_type in ENCODER_TYPES:
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} is an encoder, which learns to classify: add "
+            "--task classification to rolora finetune, --tasks classification to rolora evaluate; "
+            f"here {', '.join(FAMILIES)} are supported"
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
