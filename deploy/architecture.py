@@ -17,7 +17,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from deploy.errors import ConfigError, UnsupportedModelError
-from deploy.families import ACTIVATION_NAMES, ROPE_TYPES, Family, WindowRule, family_of
+from deploy.families import (
+    ACTIVATION_NAMES,
+    LONGROPE,
+    ROPE_TYPES,
+    Family,
+    WindowRule,
+    family_of,
+)
 from rolora.decoder import BlockNames, DecoderNames
 
 TARGET_PARTS: Mapping[str, str] = {
@@ -42,6 +49,15 @@ class QueryKeyNorms:
     key: str
 
 
+@dataclass(frozen=True)
+class JoinedProjection:
+    """A linear of a family's own layout that holds the rows of several of ours."""
+
+    fqn: str
+    parts: tuple[tuple[str, int], ...]
+    """Name, under that FQN, and number of rows of each part, in order."""
+
+
 def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     """Name the parts of a decoder.
 
@@ -55,7 +71,9 @@ def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     _refuse_unhandled_features(config, family)
     return DecoderNames(
         embedding="model.embed_tokens",
-        blocks=tuple(_block_names(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
+        blocks=tuple(
+            _block_names(f"model.layers.{i}", family) for i in range(config.num_hidden_layers)
+        ),
         final_norm="model.norm",
         head="lm_head",
         hidden_size=config.hidden_size,
@@ -76,6 +94,49 @@ def qk_norms(config: PreTrainedConfig) -> tuple[QueryKeyNorms, ...]:
         )
         for i in range(config.num_hidden_layers)
     )
+
+
+def joined_projections(config: PreTrainedConfig) -> list[JoinedProjection]:
+    """Return the projections that a family's own layout joins, in depth order; most join none."""
+    if not family_of(config.model_type).joins_projections:
+        return []
+    queries, keys = (
+        heads * _head_dim(config)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    size = config.intermediate_size
+    return [
+        joined
+        for i in range(config.num_hidden_layers)
+        for joined in (
+            JoinedProjection(
+                f"model.layers.{i}.self_attn.qkv_proj",
+                (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)),
+            ),
+            JoinedProjection(
+                f"model.layers.{i}.mlp.gate_up_proj", (("gate_proj", size), ("up_proj", size))
+            ),
+        )
+    ]
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Return for how many positions one table of the rotary embedding holds.
+
+    That is the model's context, but with `longrope` only the original window: beyond it, all
+    positions have other frequencies, and keys in a cache would have to be rotated anew.
+    """
+    context: int = config.max_position_embeddings
+    rope: Mapping[str, Any] = config.rope_parameters or {}
+    if rope.get("rope_type") == LONGROPE:
+        context = min(context, rope["original_max_position_embeddings"])
+    return context
+
+
+def rotary_size(config: PreTrainedConfig) -> int:
+    """Return how many entries of each head the rotary embedding turns."""
+    rope: Mapping[str, Any] = config.rope_parameters or {}
+    return int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
 
 
 def sliding_window_per_layer(config: PreTrainedConfig) -> list[int | None]:
@@ -137,17 +198,20 @@ def resolve_targets(names: DecoderNames, targets: str) -> list[str]:
     ]
 
 
-def _block_names(prefix: str) -> BlockNames:
+def _block_names(prefix: str, family: Family) -> BlockNames:
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    qkv = f"{attention}.qkv_proj" if family.joins_projections else attention
+    gate_up = f"{mlp}.gate_up_proj" if family.joins_projections else mlp
     return BlockNames(
         attention_norm=f"{prefix}.input_layernorm",
-        query=f"{prefix}.self_attn.q_proj",
-        key=f"{prefix}.self_attn.k_proj",
-        value=f"{prefix}.self_attn.v_proj",
-        output=f"{prefix}.self_attn.o_proj",
+        query=f"{qkv}.q_proj",
+        key=f"{qkv}.k_proj",
+        value=f"{qkv}.v_proj",
+        output=f"{attention}.o_proj",
         mlp_norm=f"{prefix}.post_attention_layernorm",
-        gate=f"{prefix}.mlp.gate_proj",
-        up=f"{prefix}.mlp.up_proj",
-        down=f"{prefix}.mlp.down_proj",
+        gate=f"{gate_up}.gate_proj",
+        up=f"{gate_up}.up_proj",
+        down=f"{mlp}.down_proj",
     )
 
 
@@ -166,7 +230,7 @@ def _refuse_unhandled_features(config: PreTrainedConfig, family: Family) -> None
     if rope_type not in ROPE_TYPES:
         faults.append(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
     factor = rope.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
+    if factor != 1.0 and not family.rotates_part:
         faults.append(f"partial_rotary_factor is {factor}, expected 1.0")
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts:

@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from deploy.architecture import context_length, rotary_size
 from deploy.graph_builder import GraphBuilder
 
 
@@ -35,7 +36,6 @@ def attention_inputs(
     graph: GraphBuilder,
     mask: ir.Value,
     config: PretrainedConfig,
-    head_dim: int,
     input_ids: ir.Value | None = None,
 ) -> AttentionInputs:
     """Derive lengths from the attention mask, and tabulate the rotary embedding.
@@ -44,7 +44,6 @@ def attention_inputs(
         graph: Receives the nodes.
         mask: int64 [B, past + S].
         config: Of the model.
-        head_dim: Size of a head.
         input_ids: int64 [B, S], if the positions of the new tokens are needed.
     """
     lengths = graph.value(
@@ -58,7 +57,7 @@ def attention_inputs(
     shape = graph.value("Shape", [mask], "mask/Shape")
     total = graph.value("Gather", [shape, graph.constant(np.int64(1))], "mask/Gather", axis=0)
     total_length = graph.value("Cast", [total], "mask/total/Cast", to=ir.DataType.INT32)
-    cos, sin = rotary_tables(config, head_dim)
+    cos, sin = rotary_tables(config)
     return AttentionInputs(
         last,
         total,
@@ -107,24 +106,23 @@ def last_hidden(
     return graph.value("GatherND", [hidden, index], "last/GatherND", batch_dims=1)
 
 
-def rotary_tables(config: PretrainedConfig, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(config: PretrainedConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tabulate cos and sin of the rotary embedding for every position of the context.
 
     Args:
         config: With `rope_parameters` (default, linear, llama3, yarn ...) and
             `max_position_embeddings`.
-        head_dim: Size of a head; all of it is rotated.
 
     Returns:
-        Two float32 arrays [max_position_embeddings, head_dim / 2].
+        Two float32 arrays [context, rotary size / 2].
     """
-    rope = config.rope_parameters
+    rope, size = config.rope_parameters, rotary_size(config)
     kind = rope.get("rope_type", "default")
     if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         inverse_frequency, scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
     else:
         inverse_frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    positions = torch.arange(config.max_position_embeddings).float()
+    positions = torch.arange(context_length(config)).float()
     angles = positions[:, None] * inverse_frequency.float()[None, :]
     return (angles.cos() * scaling).numpy(), (angles.sin() * scaling).numpy()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from deploy.architecture import rotary_size
 from deploy.attention_inputs import AttentionInputs
 from deploy.checkpoint import Checkpoint
 from deploy.errors import UnsupportedModelError
@@ -68,7 +69,7 @@ def attention_node(
     Returns:
         The result, float32 [B, S, heads * head_dim], and present key and value.
     """
-    names, prefix = checkpoint.names, block.query.rpartition(".")[0]
+    names, prefix = checkpoint.names, block.output.rpartition(".")[0]
     tables: list[ir.Value | None] = [shared.cos, shared.sin]
     if has_rotation_nodes(checkpoint):
         heads, tables = _rotate_heads(graph, checkpoint, prefix, heads, shared), [None, None]
@@ -122,12 +123,17 @@ def _rotate_heads(
         )
     else:
         both = graph.value("Concat", [query, key], f"{prefix}/qk/Concat", axis=-1)
+    attributes = {}
+    if (rotated := rotary_size(checkpoint.config)) < names.head_dim:
+        heads_of_both = names.num_heads + names.num_key_value_heads
+        attributes = {"rotary_embedding_dim": rotated, "num_heads": heads_of_both}
     both = graph.value(
         "RotaryEmbedding",
         [both, shared.positions, shared.cos, shared.sin],
         f"{prefix}/RotaryEmbedding",
         domain=MICROSOFT,
         interleaved=0,
+        **attributes,
     )
     split = graph.constant(np.array([0, 0, -1, names.head_dim], np.int64))
     joined = graph.constant(np.array([0, 0, queries + keys], np.int64))

@@ -27,11 +27,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from deploy.architecture import decoder_names
 from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.errors import ArtifactError
+from deploy.module_layout import empty_decoder, to_our_layout
 from deploy.rotation_file import load_rotation
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_attention import CODEC_NAME, attention_fqn, install_codecs
@@ -212,10 +213,8 @@ class Checkpoint:
 
     def load_model(self) -> PreTrainedModel:
         """Rebuild the torch model: integer modules, online rotations, quantized KV cache."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="sdpa"
-            )
+        model = empty_decoder(self.config)
+        to_our_layout(model)
         for fqn in (*self.names.linears(), self.names.head):
             linear = self.linear(fqn)
             if linear.activation is not None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
+from deploy.architecture import QueryKeyNorms, qk_norms, rotary_size, sliding_window_per_layer
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ from rolora.decoder import BlockNames
 from rolora.scheme import Granularity
 
 HEAD_DIM_MULTIPLE = 16
-"""What GroupQueryAttention demands of the head size when it rotates."""
+"""What GroupQueryAttention demands of the head size, and of the part of it that it rotates."""
 
 
 class DecoderGraph:
@@ -55,11 +55,12 @@ class DecoderGraph:
         form: GraphForm = ONE_INTEGER_GRAPH,
         stored: Mapping[str, ir.ExternalTensor] | None = None,
     ) -> None:
-        head_dim = checkpoint.names.head_dim
-        if head_dim % HEAD_DIM_MULTIPLE:
+        rotated, head_dim = rotary_size(checkpoint.config), checkpoint.names.head_dim
+        if rotated % HEAD_DIM_MULTIPLE or head_dim % HEAD_DIM_MULTIPLE:
             raise UnsupportedModelError(
-                f"{checkpoint.directory}: head_dim is {head_dim}; the rotary attention of ONNX "
-                f"Runtime needs a multiple of {HEAD_DIM_MULTIPLE}"
+                f"{checkpoint.directory}: its rotary embedding turns {rotated} of the {head_dim} "
+                f"entries of a head; the rotary attention of ONNX Runtime needs a multiple of "
+                f"{HEAD_DIM_MULTIPLE} for either"
             )
         self.cache_dtype = cache_dtype(checkpoint)
         self.checkpoint = checkpoint
@@ -80,7 +81,6 @@ class DecoderGraph:
             graph,
             mask,
             self.config,
-            names.head_dim,
             input_ids if has_rotation_nodes(self.checkpoint) else None,
         )
         stream, delta = self._embed(input_ids), None
@@ -189,7 +189,6 @@ class DecoderGraph:
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Add self-attention; returns its output and (present key, present value)."""
         names = self.names
-        prefix = block.query.rpartition(".")[0]
         quantized = self._quantized(block.query, normed)
         heads: list[ir.Value | None]
         readers = [block.query, block.key, block.value]
@@ -205,7 +204,7 @@ class DecoderGraph:
                 key = self._head_norm(norms.key, key, names.num_key_value_heads)
             heads = [query, key, value]
         else:
-            packed = self._linear(readers, normed, quantized, f"{prefix}.qkv")
+            packed = self._linear(readers, normed, quantized, packed_name(block))
             heads = [packed, None, None]
         attended, present_key, present_value = attention_node(
             self.graph, self.checkpoint, block, heads, past, shared, window
@@ -228,7 +227,7 @@ class DecoderGraph:
     def _mlp(self, block: BlockNames, normed: ir.Value) -> ir.Value:
         """Add the gated MLP; returns its contribution to the stream."""
         graph = self.graph
-        prefix = block.gate.rpartition(".")[0]
+        prefix = block.down.rpartition(".")[0]
         quantized = self._quantized(block.gate, normed)
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
@@ -275,3 +274,8 @@ class DecoderGraph:
         if linears[0].activation is not None:
             return nbits_linear(self.graph, x, self.checkpoint, linears, name)
         return float_linear(self.graph, x, self.checkpoint, linears, name)
+
+
+def packed_name(block: BlockNames) -> str:
+    """Return the name under which query, key and value stand in the graph as one product."""
+    return f"{block.output.rpartition('.')[0]}.qkv"

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from deploy.architecture import context_length
 from deploy.artifact import (
     MANIFEST_NAME,
     ArtifactKind,
@@ -187,7 +188,7 @@ def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
     ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)[
         "input_ids"
     ]
-    count = min(PROMPT_TOKENS + DECODE_STEPS, checkpoint.config.max_position_embeddings)
+    count = min(PROMPT_TOKENS + DECODE_STEPS, context_length(checkpoint.config))
     vocabulary: int = checkpoint.config.vocab_size
     return np.asarray(ids[:count], dtype=np.int64) % vocabulary
 

@@ -34,8 +34,11 @@ ACTIVATION_NAMES: Mapping[str, Activation] = {
 }
 """By the names that configs have for them."""
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the text."""
+LONGROPE = "longrope"
+"""Rotary embedding with one set of frequencies for texts within the original window, and another
+for longer ones."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", LONGROPE)
+"""Rotary embeddings whose frequencies do not depend on the length of the text, up to a window."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Family:
     activation: Activation = Activation.SILU
     activation_field: str = "hidden_act"
     """Field of the config that names it."""
+    joins_projections: bool = False
+    """Whether query, key and value are one matrix in its files, and gate and up another."""
+    rotates_part: bool = False
+    """Whether a config may leave part of each head without rotary embedding."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -55,6 +62,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(window=WindowRule.EVERY_LAYER),
     "qwen2": Family(window=WindowRule.LAYER_TYPES),
     "qwen3": Family(window=WindowRule.LAYER_TYPES, has_qk_norms=True),
+    "phi3": Family(window=WindowRule.EVERY_LAYER, joins_projections=True, rotates_part=True),
 }
 """By `model_type` of config.json."""
 

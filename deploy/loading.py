@@ -39,6 +39,7 @@ from deploy.errors import ArtifactError, StageOrderError, UnsupportedModelError
 from deploy.families import family_of
 from deploy.gguf_files import check_gguf
 from deploy.model_location import locate_model
+from deploy.module_layout import to_our_layout
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
@@ -198,6 +199,7 @@ def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrai
         )
     refuse_departures(where, info)
     refuse_non_finite(where, model)
+    to_our_layout(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

@@ -30,8 +30,8 @@ _STATES = "cache"
 
 
 def attention_fqn(block: BlockNames) -> str:
-    """Return the FQN of the module that holds a block's query, key, value and output."""
-    return block.query.rpartition(".")[0]
+    """Return the FQN of the module that computes a block's attention."""
+    return block.output.rpartition(".")[0]
 
 
 def install_codecs(

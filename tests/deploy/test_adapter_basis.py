@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deploy.adapter_basis import draw_adapter_basis, to_original_basis
 from deploy.architecture import decoder_names
+from deploy.module_layout import to_our_layout
 from reslora.adapter import Adapter
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig, Structure
@@ -31,6 +32,7 @@ ALL = frozenset(RotationName)
 def double_model(model_type: str = "llama", *, tied: bool = False) -> Any:
     """Return a tiny model that computes in float64 throughout; transformers' norms do not."""
     model = build_tiny_model(model_type, tied=tied).double()
+    to_our_layout(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             norm = DoubleNorm(module.weight.shape[0], module.variance_epsilon)

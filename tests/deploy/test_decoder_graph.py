@@ -29,6 +29,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+}
+PART_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "llama": ("llama", "none", {"attention_bias": True, "mlp_bias": True}),
     "llama rotated, tied": ("llama", None, {"tied": True}),
@@ -49,6 +56,17 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", "none", {"tied": True}),
     "qwen3 rotated": ("qwen3", "r1,r2,r4", {}),
+    "phi3, window": ("phi3", "none", {"sliding_window": 16}),
+    "phi3 rotated, longrope": (
+        "phi3",
+        None,
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48, "hidden_size": 64},
+    ),
+    "phi3 rotated, part of each head, tied": (
+        "phi3",
+        None,
+        {"rope_parameters": PART_ROPE, "tied": True, "hidden_size": 128, "head_dim": 32},
+    ),
 }
 BOUND = 1e-4
 TOKENS = 40
@@ -155,7 +173,7 @@ def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=128, rope_parameters=rope
     )
-    cos, sin = rotary_tables(config, 16)
+    cos, sin = rotary_tables(config)
     assert cos.shape == sin.shape == (128, 8)
     assert cos.dtype == np.float32
     expected = LlamaRotaryEmbedding(config=config)(torch.zeros(1), torch.arange(128)[None])
@@ -168,6 +186,6 @@ def test_a_head_size_that_attention_cannot_run_is_refused_before_anything_is_wri
 ) -> None:
     source = save_model(tmp_path / "model", head_dim=8)
     checkpoint = make_checkpoint(source, tmp_path / "checkpoint", "FP32")
-    with pytest.raises(UnsupportedModelError, match=r"head_dim is 8.*multiple of 16"):
+    with pytest.raises(UnsupportedModelError, match=r"turns 8 of the 8.*multiple of 16"):
         make_export(checkpoint, tmp_path / "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
