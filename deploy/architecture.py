@@ -21,6 +21,7 @@ from deploy.families import (
     ACTIVATION_NAMES,
     LONGROPE,
     ROPE_TYPES,
+    Activation,
     Family,
     WindowRule,
     family_of,
@@ -58,6 +59,67 @@ class JoinedProjection:
     """Name, under that FQN, and number of rows of each part, in order."""
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """What sets the attention of one layer apart."""
+
+    window: int | None
+    """How many tokens a token attends to, itself included; None is all."""
+    rope: str | None
+    """Layer type by which the config names its rotary embedding; None where all have one."""
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What a decoder computes between its linears."""
+
+    activation: Activation
+    layers: tuple[LayerAttention, ...]
+    attention_scale: float
+    """Factor of the attention scores."""
+    attention_cap: float | None
+    """c of c tanh(score / c), in front of the mask; None caps nothing."""
+    logit_cap: float | None
+    """The same for logits."""
+    embedding_scale: float | None
+    """Factor of the embedding, float32; None is 1, and no product."""
+
+    @property
+    def torch_attention(self) -> str:
+        """The attention of transformers that computes it: sdpa knows no cap."""
+        return "sdpa" if self.attention_cap is None else "eager"
+
+
+def conventions(config: PreTrainedConfig) -> Conventions:
+    """Read off a config what its decoder computes.
+
+    Raises:
+        UnsupportedModelError: As `decoder_names`.
+    """
+    family = family_of(config.model_type)
+    scale_field = family.attention_scale_field
+    caps = [
+        getattr(config, field) if family.caps_scores else None
+        for field in ("attn_logit_softcapping", "final_logit_softcapping")
+    ]
+    return Conventions(
+        activation=family.activation,
+        layers=tuple(
+            LayerAttention(window, kind if family.rope_by_layer_type else None)
+            for window, kind in zip(
+                sliding_window_per_layer(config),
+                getattr(config, "layer_types", None) or [None] * config.num_hidden_layers,
+                strict=True,
+            )
+        ),
+        attention_scale=float(getattr(config, scale_field) if scale_field else _head_dim(config))
+        ** -0.5,
+        attention_cap=caps[0],
+        logit_cap=caps[1],
+        embedding_scale=config.hidden_size**0.5 if family.scales_embedding else None,
+    )
+
+
 def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     """Name the parts of a decoder.
 
@@ -70,7 +132,7 @@ def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     family = family_of(config.model_type)
     _refuse_unhandled_features(config, family)
     return DecoderNames(
-        embedding="model.embed_tokens",
+        embedding="model.embed_tokens.table" if family.scales_embedding else "model.embed_tokens",
         blocks=tuple(
             _block_names(f"model.layers.{i}", family) for i in range(config.num_hidden_layers)
         ),
@@ -81,6 +143,7 @@ def decoder_names(config: PreTrainedConfig) -> DecoderNames:
         head_dim=_head_dim(config),
         num_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
+        norm_offset=family.norm_offset,
     )
 
 
@@ -127,16 +190,24 @@ def context_length(config: PreTrainedConfig) -> int:
     positions have other frequencies, and keys in a cache would have to be rotated anew.
     """
     context: int = config.max_position_embeddings
-    rope: Mapping[str, Any] = config.rope_parameters or {}
-    if rope.get("rope_type") == LONGROPE:
-        context = min(context, rope["original_max_position_embeddings"])
+    for rope in rope_parameters(config).values():
+        if rope.get("rope_type") == LONGROPE:
+            context = min(context, rope["original_max_position_embeddings"])
     return context
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str | None, Mapping[str, Any]]:
+    """Return the parameters of each rotary embedding, by `LayerAttention.rope`."""
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    if family_of(config.model_type).rope_by_layer_type:
+        return dict(parameters)
+    return {None: parameters}
 
 
 def rotary_size(config: PreTrainedConfig) -> int:
     """Return how many entries of each head the rotary embedding turns."""
-    rope: Mapping[str, Any] = config.rope_parameters or {}
-    return int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+    parts = {rope.get("partial_rotary_factor", 1.0) for rope in rope_parameters(config).values()}
+    return int(_head_dim(config) * max(parts))
 
 
 def sliding_window_per_layer(config: PreTrainedConfig) -> list[int | None]:
@@ -202,16 +273,21 @@ def _block_names(prefix: str, family: Family) -> BlockNames:
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     qkv = f"{attention}.qkv_proj" if family.joins_projections else attention
     gate_up = f"{mlp}.gate_up_proj" if family.joins_projections else mlp
+    after_attention = f"{prefix}.post_attention_layernorm"
     return BlockNames(
         attention_norm=f"{prefix}.input_layernorm",
         query=f"{qkv}.q_proj",
         key=f"{qkv}.k_proj",
         value=f"{qkv}.v_proj",
         output=f"{attention}.o_proj",
-        mlp_norm=f"{prefix}.post_attention_layernorm",
+        mlp_norm=(
+            f"{prefix}.pre_feedforward_layernorm" if family.has_post_norms else after_attention
+        ),
         gate=f"{gate_up}.gate_proj",
         up=f"{gate_up}.up_proj",
         down=f"{mlp}.down_proj",
+        attention_post_norm=after_attention if family.has_post_norms else None,
+        mlp_post_norm=f"{prefix}.post_feedforward_layernorm" if family.has_post_norms else None,
     )
 
 
@@ -225,13 +301,15 @@ def _refuse_unhandled_features(config: PreTrainedConfig, family: Family) -> None
     activation = getattr(config, family.activation_field)
     if ACTIVATION_NAMES.get(activation) is not family.activation:
         faults.append(f"{family.activation_field} is {activation!r}, expected {family.activation}")
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        faults.append(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
-    factor = rope.get("partial_rotary_factor", 1.0)
-    if factor != 1.0 and not family.rotates_part:
-        faults.append(f"partial_rotary_factor is {factor}, expected 1.0")
+    for rope in rope_parameters(config).values():
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            faults.append(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
+        factor = rope.get("partial_rotary_factor", 1.0)
+        if factor != 1.0 and not family.rotates_part:
+            faults.append(f"partial_rotary_factor is {factor}, expected 1.0")
+    if getattr(config, "use_bidirectional_attention", None):
+        faults.append("use_bidirectional_attention is set, expected attention to earlier tokens")
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts:
         faults.append(f"a mixture of {experts} experts, expected one dense MLP")

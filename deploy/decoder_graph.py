@@ -3,8 +3,9 @@
     input_ids -> embedding -> blocks -> final norm -> head -> logits
 
 Per block: skip-norm, packed q/k/v, GroupQueryAttention with the rotary embedding inside, output
-projection, skip-norm, gate and up, SiLU (QuickGelu with alpha 1), the online rotation R4 where the
-checkpoint has one, down. An input is quantized once for all the linears that read it.
+projection, skip-norm, gate and up, SiLU (QuickGelu with alpha 1) or GELU, the online rotation R4
+where the checkpoint has one, down; in some families a norm behind output projection and down. An
+input is quantized once for all the linears that read it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from deploy.architecture import QueryKeyNorms, qk_norms, rotary_size, sliding_window_per_layer
+from deploy.architecture import (
+    LayerAttention,
+    QueryKeyNorms,
+    conventions,
+    qk_norms,
+    rotary_size,
+)
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
 from deploy.errors import UnsupportedModelError
+from deploy.families import Activation
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.linear_ops import (
@@ -66,6 +74,7 @@ class DecoderGraph:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.names
+        self.computed = conventions(checkpoint.config)
         self.form = form
         self.graph = GraphBuilder("decoder", stored)
 
@@ -84,7 +93,6 @@ class DecoderGraph:
             input_ids if has_rotation_nodes(self.checkpoint) else None,
         )
         stream, delta = self._embed(input_ids), None
-        windows = sliding_window_per_layer(self.config)
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
         cache = ("batch_size", names.num_key_value_heads)
         for layer, block in enumerate(names.blocks):
@@ -99,15 +107,16 @@ class DecoderGraph:
             inputs += past
             normed, stream = self._norm(block.attention_norm, stream, delta)
             delta, present = self._attention(
-                block, head_norms[layer], normed, past, attention, windows[layer]
+                block, head_norms[layer], normed, past, attention, self.computed.layers[layer]
             )
             for part, value in zip(("key", "value"), present, strict=True):
                 shape = (*cache, "total_sequence_length", names.head_dim)
                 outputs.append(
                     name_output(value, f"present.{layer}.{part}", self.cache_dtype, shape)
                 )
+            delta = self._post_norm(block.attention_post_norm, delta)
             normed, stream = self._norm(block.mlp_norm, stream, delta)
-            delta = self._mlp(block, normed)
+            delta = self._post_norm(block.mlp_post_norm, self._mlp(block, normed))
         normed, _ = self._norm(names.final_norm, stream, delta)
         if not self.form.last_logits:
             return graph.build(inputs, [self._head(normed, "sequence_length"), *outputs])
@@ -128,6 +137,11 @@ class DecoderGraph:
         """Add the head and name its output."""
         fqn = self.names.head
         logits = self._linear([fqn], hidden, self._quantized(fqn, hidden), fqn)
+        if (cap := self.computed.logit_cap) is not None:
+            factor = self.graph.constant(np.float32(cap))
+            logits = self.graph.value("Div", [logits, factor], f"{fqn}/cap/Div")
+            logits = self.graph.value("Tanh", [logits], f"{fqn}/cap/Tanh")
+            logits = self.graph.value("Mul", [logits, factor], f"{fqn}/cap/Mul")
         wide = ("batch_size", positions, self.config.vocab_size)
         return name_output(logits, "logits", ir.DataType.FLOAT, wide)
 
@@ -141,19 +155,24 @@ class DecoderGraph:
             f"{key}.weight", dtype, shape, lambda: ir.tensor(self.checkpoint.array(f"{key}.weight"))
         )
         rows = self.graph.value("Gather", [table, input_ids], "embedding/Gather")
-        if not quantized:
-            return rows
-        scales = self.checkpoint.array(f"{key}.weight_scale").reshape(-1, 1)
-        scale = self.graph.weight(f"{key}.weight_scale", ir.tensor(scales))
-        row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
-        as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
-        return self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
+        if quantized:
+            scales = self.checkpoint.array(f"{key}.weight_scale").reshape(-1, 1)
+            scale = self.graph.weight(f"{key}.weight_scale", ir.tensor(scales))
+            row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
+            as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
+            rows = self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
+        if (factor := self.computed.embedding_scale) is not None:
+            whole = self.graph.constant(np.float32(factor))
+            rows = self.graph.value("Mul", [rows, whole], "embedding/all/Mul")
+        return rows
 
     def _norm(
         self, fqn: str, stream: ir.Value, delta: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """Add `delta` to the residual stream and normalize it; returns (normed, stream)."""
-        gain = self.graph.weight(f"{fqn}.weight", ir.tensor(self.checkpoint.array(f"{fqn}.weight")))
+        array = self.checkpoint.array(f"{fqn}.weight")
+        offset = np.asarray(self.names.norm_offset, array.dtype)
+        gain = self.graph.weight(f"{fqn}.weight", ir.tensor(array + offset))
         epsilon = float(self.config.rms_norm_eps)
         if delta is None:
             normed = self.graph.value(
@@ -178,6 +197,10 @@ class DecoderGraph:
         )
         return results[0], results[-1]
 
+    def _post_norm(self, fqn: str | None, delta: ir.Value) -> ir.Value:
+        """Normalize what is added to the residual stream, where a family does."""
+        return delta if fqn is None else self._norm(fqn, delta, None)[0]
+
     def _attention(
         self,
         block: BlockNames,
@@ -185,7 +208,7 @@ class DecoderGraph:
         normed: ir.Value,
         past: list[ir.Value],
         shared: AttentionInputs,
-        window: int | None,
+        layer: LayerAttention,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Add self-attention; returns its output and (present key, present value)."""
         names = self.names
@@ -207,7 +230,7 @@ class DecoderGraph:
             packed = self._linear(readers, normed, quantized, packed_name(block))
             heads = [packed, None, None]
         attended, present_key, present_value = attention_node(
-            self.graph, self.checkpoint, block, heads, past, shared, window
+            self.graph, self.checkpoint, block, heads, past, shared, layer
         )
         quantized = self._quantized(block.output, attended)
         return self._linear([block.output], attended, quantized, block.output), (
@@ -231,9 +254,12 @@ class DecoderGraph:
         quantized = self._quantized(block.gate, normed)
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
-        active = graph.value(
-            "QuickGelu", [gate], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0
-        )
+        if self.computed.activation is Activation.SILU:
+            active = graph.value(
+                "QuickGelu", [gate], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0
+            )
+        else:
+            active = graph.value("Gelu", [gate], f"{prefix}/Gelu", approximate="tanh")
         hidden = self._rotate_online(graph.value("Mul", [active, up], f"{prefix}/Mul"), prefix)
         return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
 

@@ -8,7 +8,7 @@ else asks for a model type.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from deploy.errors import UnsupportedModelError
@@ -26,11 +26,14 @@ class Activation(StrEnum):
     """What the gate of an MLP goes through."""
 
     SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+    """GELU by its approximation with tanh."""
 
 
 ACTIVATION_NAMES: Mapping[str, Activation] = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
 }
 """By the names that configs have for them."""
 
@@ -55,7 +58,30 @@ class Family:
     """Whether query, key and value are one matrix in its files, and gate and up another."""
     rotates_part: bool = False
     """Whether a config may leave part of each head without rotary embedding."""
+    rope_by_layer_type: bool = False
+    """Whether windowed and full attention have rotary embeddings of their own."""
+    norm_offset: float = 0.0
+    """What is added to the weight of an RMSNorm to give its gain."""
+    has_post_norms: bool = False
+    """Whether what attention and MLP add to the residual stream is normalized, too."""
+    scales_embedding: bool = False
+    """Whether the embedding is multiplied by the square root of its width."""
+    attention_scale_field: str | None = None
+    """Field of the config whose inverse square root scales attention scores; None: head size."""
+    caps_scores: bool = False
+    """Whether a config may cap attention scores and logits by a tanh."""
 
+
+_GEMMA = Family(
+    window=WindowRule.LAYER_TYPES,
+    activation=Activation.GELU_TANH,
+    activation_field="hidden_activation",
+    norm_offset=1.0,
+    has_post_norms=True,
+    scales_embedding=True,
+    attention_scale_field="query_pre_attn_scalar",
+    caps_scores=True,
+)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
@@ -63,6 +89,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(window=WindowRule.LAYER_TYPES),
     "qwen3": Family(window=WindowRule.LAYER_TYPES, has_qk_norms=True),
     "phi3": Family(window=WindowRule.EVERY_LAYER, joins_projections=True, rotates_part=True),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, has_qk_norms=True, rope_by_layer_type=True),
 }
 """By `model_type` of config.json."""
 

@@ -29,6 +29,7 @@ from deploy.calibration_text import disjoint_batches
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import load_model
 from deploy.memory import peak_memory_bytes
+from deploy.rotate import require_r1
 from deploy.rotation_file import save_rotation
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
@@ -198,6 +199,9 @@ def learn_rotation_artifact(
 
 
 def _starts(names: DecoderNames, settings: LearnRotationSettings) -> list[RotationPlan]:
+    require_r1(
+        names, settings.model, "nothing is learned for it; quantize with a drawn --rotate r2,r4"
+    )
     try:
         return [
             RotationPlan.draw(

@@ -8,7 +8,8 @@ when it is loaded, and out of it when it leaves as a model or adapter for other 
     <fqn>.weight  [q + k + v, in]   <fqn>.q_proj.weight [q, in], <fqn>.k_proj.weight [k, in] ...
 
 The parts stand under the joined module's name, in the order of their rows, and a `JoinedLinear` in
-its place lays their outputs side by side. So the model's own code runs unchanged.
+its place lays their outputs side by side. An embedding that multiplies what it looks up becomes a
+plain one, <fqn>.table, inside a `ScaledEmbedding`. So the model's own code runs unchanged.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from deploy.architecture import JoinedProjection, joined_projections
+from deploy.architecture import (
+    JoinedProjection,
+    conventions,
+    decoder_names,
+    joined_projections,
+)
 from reslora.adapter import Adapter
-
-ATTENTION = "sdpa"
-"""The attention of transformers by which models compute."""
 
 
 class JoinedLinear(nn.Module):
@@ -48,6 +51,30 @@ class JoinedLinear(nn.Module):
         return torch.cat([self.get_submodule(name)(x) for name in self._names], dim=-1)
 
 
+class ScaledEmbedding(nn.Module):
+    """A plain embedding table, whose rows are multiplied by a number when they are looked up.
+
+    Args:
+        table: Looks up float [..., D]; may be replaced by another that does.
+        scale: The number; it is rounded to float32, then to the dtype of the rows.
+    """
+
+    def __init__(self, table: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.table = table
+        self.scale = scale
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows as they are stored, for those who ask a model for its input embeddings."""
+        return self.table.get_parameter("weight")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return float [..., D] for token ids int64 [...]."""
+        rows: Tensor = self.table(ids)
+        return rows * torch.tensor(self.scale, dtype=torch.float32).to(rows.dtype)
+
+
 def empty_decoder(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return a decoder without memory (device "meta"), in its own layout.
 
@@ -57,19 +84,28 @@ def empty_decoder(config: PreTrainedConfig, dtype: torch.dtype | None = None) ->
     """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=ATTENTION, dtype=dtype
+            config, attn_implementation=conventions(config).torch_attention, dtype=dtype
         )
     return model
 
 
 def to_our_layout(model: PreTrainedModel) -> None:
-    """Split the joined projections of a decoder, in place.
+    """Split the joined projections of a decoder and take the scale out of its embedding, in place.
 
     The new weights are copies: memory on top of the model is one joined projection.
 
     Invariant:
         Logits are unchanged, up to the order in which float products are summed.
     """
+    scale, names = conventions(model.config).embedding_scale, decoder_names(model.config)
+    if scale is not None:
+        fqn, _, _ = names.embedding.rpartition(".")
+        scaled = model.get_submodule(fqn)
+        assert isinstance(scaled, nn.Embedding)
+        with torch.device("meta"):
+            table = nn.Embedding(*scaled.weight.shape, scaled.padding_idx)
+        table.register_parameter("weight", scaled.weight)  # the same, which the head may share
+        model.set_submodule(fqn, ScaledEmbedding(table, scale).train(scaled.training))
     for joined in joined_projections(model.config):
         own = model.get_submodule(joined.fqn)
         assert isinstance(own, nn.Linear)
@@ -85,16 +121,20 @@ def to_our_layout(model: PreTrainedModel) -> None:
 
 
 def own_places(config: PreTrainedConfig) -> dict[str, tuple[str, slice]]:
-    """Return where a part of a joined projection lies in the model's own files.
+    """Return where the modules lie in the model's own files that are elsewhere in our layout.
 
     Returns:
-        By the FQN of the part: the FQN of the joined one, and the rows there.
+        By the FQN of the module: the FQN of the one whose rows hold its, and which they are.
     """
-    return {
+    places = {
         f"{joined.fqn}.{name}": (joined.fqn, rows)
         for joined in joined_projections(config)
         for name, rows in _parts(joined)
     }
+    if conventions(config).embedding_scale is not None:
+        table = decoder_names(config).embedding
+        places[table] = (table.rpartition(".")[0], slice(0, config.vocab_size))
+    return places
 
 
 def save_in_own_layout(model: PreTrainedModel, directory: Path) -> None:
@@ -105,11 +145,13 @@ def save_in_own_layout(model: PreTrainedModel, directory: Path) -> None:
         directory: Receives config.json and safetensors.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
-    for joined in joined_projections(model.config):
+    moved: dict[str, list[Tensor]] = {}
+    for fqn, (own, _) in own_places(model.config).items():
         for leaf in ("weight", "bias"):
-            keys = [f"{joined.fqn}.{name}.{leaf}" for name, _ in joined.parts]
-            if keys[0] in state:
-                state[f"{joined.fqn}.{leaf}"] = torch.cat([state.pop(key) for key in keys])
+            if (tensor := state.pop(f"{fqn}.{leaf}", None)) is not None:
+                moved.setdefault(f"{own}.{leaf}", []).append(tensor)
+    for key, parts in moved.items():
+        state[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
     model.save_pretrained(directory, state_dict=state)
 
 

@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deploy.architecture import decoder_names
+from deploy.architecture import conventions, decoder_names
 from deploy.checkpoint import Checkpoint
-from deploy.errors import ArtifactError, ConfigError
+from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import LoadedModel
 from deploy.rotate import rotate_model
 from reslora.attach import attach_adapters
@@ -140,6 +140,12 @@ def build_aware_model(
         ArtifactError: The start does not fit the model.
     """
     names = decoder_names(loaded.model.config)
+    if conventions(loaded.model.config).logit_cap is not None:
+        raise UnsupportedModelError(
+            f"{loaded.name}: caps its logits by a tanh (final_logit_softcapping), and quantization-"
+            f"aware training computes its loss at the head without one; train it on float weights, "
+            f"without --start"
+        )
     try:
         require_inside_weight(config)
     except ValueError as error:

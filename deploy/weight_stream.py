@@ -137,7 +137,9 @@ def open_weight_stream(located: LocatedModel) -> tuple[LoadedModel, WeightReader
             )
     stored = _stored_tensors(files)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
+    places = own_places(config)
+    own_embedding, _ = places.get(names.embedding, (names.embedding, None))
+    embedding, head = f"{own_embedding}.weight", f"{names.head}.weight"
     tied = model.get_parameter(head) is model.get_parameter(embedding)
     if embedding not in stored or (tied and head in stored):
         return None
@@ -147,7 +149,7 @@ def open_weight_stream(located: LocatedModel) -> tuple[LoadedModel, WeightReader
         stored[head] = stored[embedding]
     refuse_departures(where, _departures(expected, stored))
     to_our_layout(model)
-    reader = WeightReader(_in_our_layout(stored, own_places(config)))
+    reader = WeightReader(_in_our_layout(stored, places))
     reader.refuse_non_finite(where)
     restore_buffers(model, config)
     tokenizer = load_local_tokenizer(directory)

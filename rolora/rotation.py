@@ -8,6 +8,9 @@ that a module puts on its output is undone at the input of every module that rea
     R3  queries and keys put on at run time behind the rotary embedding; undone by their product
     R4  MLP activation   put on at run time in front of down; down undoes it in its weight
 
+R1 asks that nothing but a linear writes the residual stream. Where a norm does (Gemma), its gains
+stand between the linear and the stream, and R1 is refused.
+
 R2 passes through attention because attention only averages the value vectors of one head over
 positions; query heads that share a key-value head share its R2. R3 is the same for every head and
 layer; it helps only a quantized KV cache, so it is not among `DEFAULT_ROTATIONS`.
@@ -142,9 +145,10 @@ class RotationPlan:
             one_r2: Give every layer the R2 of the first.
 
         Raises:
-            ValueError: Kind `hadamard` or `learned` and a size that no construction reaches; the
-                message names the rotation, the size and the way out.
+            ValueError: R1, and a decoder with post-norms; or kind `hadamard` or `learned` and a
+                size that no construction reaches. The message names the rotation and the way out.
         """
+        check_reaches_stream(names, rotations)
         sizes = {
             RotationName.R1: ("hidden_size", names.hidden_size),
             RotationName.R2: ("head_dim", names.head_dim),
@@ -333,9 +337,11 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
     embedding, and the product of the two undoes it.
 
     Raises:
-        ValueError: The plan was drawn for a decoder of other sizes.
+        ValueError: The plan was drawn for a decoder of other sizes, or has R1 where a decoder has
+            post-norms.
     """
     _check_sizes(plan, names)
+    check_reaches_stream(names, plan.names)
     r1, r2, r3, r4 = RotationName
     table = [Application(names.embedding, Side.OUTPUT, r1, None, inverse=False, online=False)]
     for layer, block in enumerate(names.blocks):
@@ -362,6 +368,21 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
             table.append(Application(fqn, side, rotation, layer, inverse=undoes, online=False))
     table.append(Application(names.head, Side.INPUT, r1, None, inverse=True, online=False))
     return [application for application in table if application.rotation in plan.names]
+
+
+def check_reaches_stream(names: DecoderNames, rotations: Iterable[RotationName]) -> None:
+    """Refuse R1 where a norm with a gain per channel stands in front of the residual stream.
+
+    Raises:
+        ValueError: It does; the message names the norm and the rotations that are left.
+    """
+    if RotationName.R1 in rotations and names.post_norm is not None:
+        raise ValueError(
+            f"R1 cannot be fused into this decoder: {names.post_norm} normalizes what is added to "
+            f"the residual stream and multiplies each channel by a gain of its own, which a "
+            f"rotation in front of it does not pass; R2 and R4 (and R3 of a quantized KV cache) "
+            f"act elsewhere and are supported"
+        )
 
 
 def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:

@@ -36,6 +36,12 @@ LONGROPE = {
     "long_factor": [2.0 + i for i in range(8)],
 }
 PART_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+GEMMA = {
+    "query_pre_attn_scalar": 40,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 16,
+}
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "llama": ("llama", "none", {"attention_bias": True, "mlp_bias": True}),
     "llama rotated, tied": ("llama", None, {"tied": True}),
@@ -56,6 +62,26 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", "none", {"tied": True}),
     "qwen3 rotated": ("qwen3", "r1,r2,r4", {}),
+    "gemma2": ("gemma2", "none", GEMMA | {"tied": True}),
+    "gemma2 rotated": ("gemma2", "r2,r4", GEMMA | {"tied": False}),
+    "gemma3": (
+        "gemma3_text",
+        "none",
+        {"query_pre_attn_scalar": 40, "sliding_window": 16, "tied": True},
+    ),
+    "gemma3 rotated, linear rope": (
+        "gemma3_text",
+        "r2,r4",
+        {
+            "sliding_window": 16,
+            "final_logit_softcapping": 30.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "phi3, window": ("phi3", "none", {"sliding_window": 16}),
     "phi3 rotated, longrope": (
         "phi3",
@@ -111,6 +137,27 @@ def test_logits_of_a_batch_equal_transformers_own_at_prefill_and_over_the_cache(
         assert relative_error(logits[row, :30], expected[row, :30]) < BOUND
         assert relative_error(logits[row, 30:], expected[row, 30:]) < BOUND
     assert relative_error(alone, expected[1]) < BOUND
+
+
+def test_prompts_of_different_lengths_go_on_as_transformers_own(case: Case) -> None:
+    """Padded on the left there, on the right here; a token of each follows over the cache."""
+    lengths = np.array([30, 19])
+    rows = [case.ids[row, : length + 1] for row, length in enumerate(lengths)]
+    longest = max(map(len, rows))
+    ids, mask = (torch.zeros(2, longest, dtype=torch.int64) for _ in range(2))
+    for row, tokens in enumerate(rows):
+        ids[row, longest - len(tokens) :] = torch.from_numpy(tokens)
+        mask[row, longest - len(tokens) :] = 1
+    with torch.inference_mode():
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        expected = case.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        decoder.start(capacity=TOKENS, batch=2)
+        prompts = decoder.append(case.ids[:, :30], lengths, last_only=True)
+        steps = decoder.append(np.stack([row[-1:] for row in rows]))
+    found = np.concatenate([prompts, steps], axis=1)
+    for row in range(2):
+        assert relative_error(found[row], expected[row, -2:].numpy()) < BOUND
 
 
 def test_a_token_changes_only_what_follows_it(case: Case) -> None:
