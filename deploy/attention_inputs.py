@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from deploy.architecture import context_length, conventions, rope_parameters, rotary_size
+from deploy.conventions import context_length, conventions, rope_parameters, rotary_size
 from deploy.graph_builder import GraphBuilder
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from deploy.architecture import LayerAttention, conventions, rotary_size
 from deploy.attention_inputs import AttentionInputs
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import LayerAttention, conventions, rotary_size
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder
 from rolora.decoder import BlockNames

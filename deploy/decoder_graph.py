@@ -15,16 +15,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from deploy.architecture import (
-    LayerAttention,
-    QueryKeyNorms,
-    conventions,
-    qk_norms,
-    rotary_size,
-)
+from deploy.architecture import QueryKeyNorms, qk_norms
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import LayerAttention, conventions, rotary_size
 from deploy.errors import UnsupportedModelError
 from deploy.families import Activation
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output

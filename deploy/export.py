@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from deploy.architecture import context_length
 from deploy.artifact import (
     MANIFEST_NAME,
     ArtifactKind,
@@ -35,6 +34,7 @@ from deploy.artifact import (
 )
 from deploy.calibration_text import sample_text
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.conventions import context_length
 from deploy.decoder_graph import DecoderGraph
 from deploy.genai_config import genai_config
 from deploy.graph_builder import stored_initializers
@@ -119,6 +119,15 @@ def export_onnx(
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
             forms = graph_forms(checkpoint, kernel)
+            context, whole = (
+                context_length(checkpoint.config),
+                checkpoint.config.max_position_embeddings,
+            )
+            if context < whole:
+                progress(
+                    f"the context is {context} tokens instead of {whole}: beyond that longrope "
+                    f"turns all positions otherwise, and keys in a cache cannot follow"
+                )
             operators = write_graphs(checkpoint, forms, directory, progress)
             genai = genai_config(checkpoint.config, checkpoint.names, checkpoint_directory, forms)
             (directory / GENAI_CONFIG_NAME).write_text(
@@ -140,6 +149,7 @@ def export_onnx(
                     details={
                         "scheme": checkpoint.manifest.details.get("scheme"),
                         "operators": operators,
+                        "context_length": context,
                     },
                 ),
             )

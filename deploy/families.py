@@ -70,6 +70,13 @@ class Family:
     """Field of the config whose inverse square root scales attention scores; None: head size."""
     caps_scores: bool = False
     """Whether a config may cap attention scores and logits by a tanh."""
+    reads_gguf: bool = True
+    """Whether transformers reads all of its config out of a GGUF file."""
+
+    @property
+    def has_own_layout(self) -> bool:
+        """Whether its modules are others than ours (`deploy.module_layout`)."""
+        return self.joins_projections or self.scales_embedding
 
 
 _GEMMA = Family(
@@ -81,6 +88,7 @@ _GEMMA = Family(
     scales_embedding=True,
     attention_scale_field="query_pre_attn_scalar",
     caps_scores=True,
+    reads_gguf=False,
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -88,7 +96,12 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(window=WindowRule.EVERY_LAYER),
     "qwen2": Family(window=WindowRule.LAYER_TYPES),
     "qwen3": Family(window=WindowRule.LAYER_TYPES, has_qk_norms=True),
-    "phi3": Family(window=WindowRule.EVERY_LAYER, joins_projections=True, rotates_part=True),
+    "phi3": Family(
+        window=WindowRule.EVERY_LAYER,
+        joins_projections=True,
+        rotates_part=True,
+        reads_gguf=False,
+    ),
     "gemma2": _GEMMA,
     "gemma3_text": replace(_GEMMA, has_qk_norms=True, rope_by_layer_type=True),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from deploy.architecture import context_length
+from deploy.conventions import context_length
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
 from rolora.decoder import DecoderNames

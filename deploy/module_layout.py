@@ -21,12 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from deploy.architecture import (
-    JoinedProjection,
-    conventions,
-    decoder_names,
-    joined_projections,
-)
+from deploy.architecture import JoinedProjection, decoder_names, joined_projections
+from deploy.conventions import conventions
 from reslora.adapter import Adapter
 
 

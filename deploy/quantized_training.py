@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deploy.architecture import conventions, decoder_names
+from deploy.architecture import decoder_names
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import conventions
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import LoadedModel
 from deploy.rotate import rotate_model

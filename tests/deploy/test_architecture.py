@@ -14,12 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from deploy.architecture import (
-    decoder_names,
-    qk_norms,
-    resolve_targets,
-    sliding_window_per_layer,
-)
+from deploy.architecture import decoder_names, qk_norms, resolve_targets
+from deploy.conventions import sliding_window_per_layer
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.families import FAMILIES
 from deploy.module_layout import to_our_layout

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from deploy.attention_inputs import rotary_tables
 from deploy.checkpoint import Checkpoint
 from deploy.decoder_graph import DecoderGraph
-from deploy.errors import UnsupportedModelError
+from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.parity import relative_error
 from deploy.session import GRAPH_NAME, OnnxDecoder
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
@@ -226,6 +226,20 @@ def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
     expected = LlamaRotaryEmbedding(config=config)(torch.zeros(1), torch.arange(128)[None])
     for found, reference in zip((cos, sin), expected, strict=True):
         np.testing.assert_allclose(found, reference[0, :, :8].numpy(), rtol=0, atol=1e-6)
+
+
+def test_longrope_is_exported_for_the_original_window_only(tmp_path: Path) -> None:
+    case = Case(tmp_path, *CASES["phi3 rotated, longrope"])
+    assert case.model.config.max_position_embeddings == 128
+    assert case.report.manifest.details["context_length"] == 48
+    ids = np.random.default_rng(1).integers(6, 262, 48)
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        assert relative_error(decoder.logits(ids), case.expected(ids[None])[0]) < BOUND
+        with pytest.raises(ConfigError, match="49 tokens do not fit the context length of 48"):
+            decoder.start(capacity=49)
+    # beyond it transformers turns even the first positions otherwise
+    longer = case.expected(np.concatenate([ids, ids])[None])[0, :48]
+    assert relative_error(longer, case.expected(ids[None])[0]) > BOUND
 
 
 def test_a_head_size_that_attention_cannot_run_is_refused_before_anything_is_written(

@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deploy.architecture import conventions, decoder_names
+from deploy.architecture import decoder_names
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import conventions
 from deploy.errors import UnsupportedModelError
 from deploy.finetune import finetune
 from deploy.loading import load_model
 from deploy.merge import Destination, MergeSettings, merge
 from deploy.module_layout import ScaledEmbedding, save_in_own_layout, to_our_layout
 from deploy.quantized_training import build_aware_model
+from rolora.block_stream import BlockStream
 from rolora.fold import fold_norm_gains, norm_gain, untie_head
 from rolora.fuse import fuse_rotations
 from rolora.kv_attention import use_codecs
@@ -180,6 +182,34 @@ def test_capped_scores_are_those_of_transformers_in_the_attention_of_a_quantized
     for row, start in ((0, 0), (1, 7)):
         assert distance(found[row, start:], expected[row, start:]) < 1e-5
         assert distance(uncapped[row, start:], expected[row, start:]) > 1e-3
+
+
+WINDOWS = FAMILIES | {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+}
+
+
+@pytest.mark.parametrize("model_type", WINDOWS)
+def test_calibration_walks_with_the_mask_and_rotary_embedding_of_each_layer(
+    model_type: str,
+) -> None:
+    model = build_tiny_model(model_type, num_hidden_layers=2, **WINDOWS[model_type])
+    to_our_layout(model)
+    names = decoder_names(model.config)
+    seen: list[Tensor] = []
+    model.get_submodule(names.final_norm).register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0])
+    )
+    with torch.no_grad():
+        model(input_ids=IDS)
+    stream = BlockStream(model, names, [{"input_ids": IDS}])
+    alike = copy.deepcopy(stream)  # the control: all layers as the first
+    alike._options = {fqn: next(iter(alike._options.values())) for fqn in alike._options}
+    for each in (stream, alike):
+        for block in names.blocks:
+            each.advance(block)
+    assert torch.equal(stream.states[0], seen[0])
+    assert distance(alike.states[0], seen[0]) > 1e-3
 
 
 def test_training_in_the_rounding_refuses_capped_logits(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from deploy.architecture import decoder_names, joined_projections
+from deploy.compressed_export import export_compressed
+from deploy.errors import UnsupportedModelError
 from deploy.loading import load_model
 from deploy.merge import Destination, MergeSettings, merge
 from deploy.module_layout import (
@@ -25,7 +27,7 @@ from deploy.module_layout import (
 from reslora.adapter import Adapter
 from reslora.config import AdapterConfig
 from tests.conftest import build_tiny_model
-from tests.deploy.tiny_artifacts import make_adapter, save_model
+from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model
 
 IDS = torch.arange(30, 70)[None]
 
@@ -110,3 +112,18 @@ def test_a_part_that_an_adapter_leaves_alone_stays_as_it_is() -> None:
     torch.testing.assert_close(b @ a, torch.cat([q, torch.zeros(16, 32), v]))
     a, b = own.factors[block.output]
     torch.testing.assert_close(b @ a, factors[block.output][1] @ factors[block.output][0])
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4"])
+def test_every_scheme_is_exported_and_keeps_parity(scheme: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "phi3")
+    checkpoint = make_checkpoint(source, tmp_path / "c", scheme)
+    report = make_export(checkpoint, tmp_path / "onnx").to_dict()
+    assert report["parity"]["exact_weights"] == 2 * 7 + 1
+
+
+def test_readers_with_other_modules_are_refused(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "phi3")
+    checkpoint = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn")
+    with pytest.raises(UnsupportedModelError, match=r"'phi3'.*supported are llama.*--format onnx"):
+        export_compressed(checkpoint, tmp_path / "out")
