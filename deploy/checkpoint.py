@@ -166,10 +166,19 @@ class Checkpoint:
         return unpack_int4(torch.from_numpy(stored)).numpy()
 
     def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the float32 factors (left, right) of R4, or None without an online rotation."""
+        """Return the float32 factors (left, right) of R4, or None without it."""
         if self.rotation is None or self.rotation.r4 is None:
             return None
         return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
+
+    def online_r1(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Return signs [l * r] and factors of an R1 that acts at run time, float32; else None."""
+        plan = self.rotation
+        if plan is None or plan.r1 is None or self.names.post_norm is None:
+            return None
+        r1, signs = plan.r1, plan.r1.signs
+        signs = torch.ones(r1.size) if signs is None else signs.float()
+        return signs.numpy(), r1.left.float().numpy(), r1.right.float().numpy()
 
     @property
     def r3(self) -> np.ndarray | None:

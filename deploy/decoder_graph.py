@@ -131,6 +131,7 @@ class DecoderGraph:
     def _head(self, hidden: ir.Value, positions: int | str) -> ir.Value:
         """Add the head and name its output."""
         fqn = self.names.head
+        hidden = self._rotate_stream(hidden, fqn)
         logits = self._linear([fqn], hidden, self._quantized(fqn, hidden), fqn)
         if (cap := self.computed.logit_cap) is not None:
             factor = self.graph.constant(np.float32(cap))
@@ -207,6 +208,7 @@ class DecoderGraph:
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Add self-attention; returns its output and (present key, present value)."""
         names = self.names
+        normed = self._rotate_stream(normed, block.output.rpartition(".")[0])
         quantized = self._quantized(block.query, normed)
         heads: list[ir.Value | None]
         readers = [block.query, block.key, block.value]
@@ -246,6 +248,7 @@ class DecoderGraph:
         """Add the gated MLP; returns its contribution to the stream."""
         graph = self.graph
         prefix = block.down.rpartition(".")[0]
+        normed = self._rotate_stream(normed, prefix)
         quantized = self._quantized(block.gate, normed)
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
@@ -255,24 +258,38 @@ class DecoderGraph:
             )
         else:
             active = graph.value("Gelu", [gate], f"{prefix}/Gelu", approximate="tanh")
-        hidden = self._rotate_online(graph.value("Mul", [active, up], f"{prefix}/Mul"), prefix)
+        hidden = graph.value("Mul", [active, up], f"{prefix}/Mul")
+        hidden = self._rotate_online(hidden, self.checkpoint.online_factors(), f"{prefix}/R4")
         return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
 
-    def _rotate_online(self, hidden: ir.Value, prefix: str) -> ir.Value:
-        """Apply R4, the Kronecker product of two small matrices, as two MatMuls."""
-        factors = self.checkpoint.online_factors()
+    def _rotate_stream(self, normed: ir.Value, prefix: str) -> ir.Value:
+        """Apply R1 to what linears read of the residual stream, where it is not in the stream."""
+        factors = self.checkpoint.online_r1()
+        if factors is None:
+            return normed
+        signs, left, right = factors
+        if (signs < 0).any():
+            normed = self.graph.value(
+                "Mul", [normed, self.graph.constant(signs)], f"{prefix}/R1/signs/Mul"
+            )
+        return self._rotate_online(normed, (left, right), f"{prefix}/R1")
+
+    def _rotate_online(
+        self, hidden: ir.Value, factors: tuple[np.ndarray, np.ndarray] | None, name: str
+    ) -> ir.Value:
+        """Apply the Kronecker product of two small matrices, as two MatMuls."""
         if factors is None:
             return hidden
         left, right = factors
         graph = self.graph
         split = graph.constant(np.array([0, 0, left.shape[0], right.shape[0]], np.int64))
         joined = graph.constant(np.array([0, 0, left.shape[0] * right.shape[0]], np.int64))
-        x = graph.value("Reshape", [hidden, split], f"{prefix}/R4/split/Reshape")
-        x = graph.value("MatMul", [x, graph.constant(right)], f"{prefix}/R4/right/MatMul")
+        x = graph.value("Reshape", [hidden, split], f"{name}/split/Reshape")
+        x = graph.value("MatMul", [x, graph.constant(right)], f"{name}/right/MatMul")
         x = graph.value(
-            "MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{prefix}/R4/left/MatMul"
+            "MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{name}/left/MatMul"
         )
-        return graph.value("Reshape", [x, joined], f"{prefix}/R4/join/Reshape")
+        return graph.value("Reshape", [x, joined], f"{name}/join/Reshape")
 
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
         """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""

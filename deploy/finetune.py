@@ -49,7 +49,7 @@ from deploy.quantized_training import (
     save_scales,
     training_extension,
 )
-from deploy.rotate import require_r1, rotate_model
+from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
 from deploy.stored_rotation import StoredRotation, open_rotation
 from reslora.adapter import save_adapter
@@ -340,9 +340,6 @@ def _choose_rotation(
     names: DecoderNames,
     stored: StoredRotation | None,
 ) -> RotationPlan:
-    require_r1(
-        names, loaded.name, "train with --method lora or reslora, and quantize with --rotate r2,r4"
-    )
     if stored is not None:
         stored.require_sizes(names)
         plan = stored.plan

@@ -26,10 +26,10 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.calibration_text import disjoint_batches
+from deploy.conventions import conventions
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import load_model
 from deploy.memory import peak_memory_bytes
-from deploy.rotate import require_r1
 from deploy.rotation_file import save_rotation
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
@@ -138,6 +138,11 @@ def learn_rotation_artifact(
         progress(f"{output} is finished already")
         return LearnRotationReport(output, done, peak_memory_bytes())
     names = decoder_names(loaded.model.config)
+    if conventions(loaded.model.config).logit_cap is not None:
+        raise UnsupportedModelError(
+            f"{loaded.name}: caps its logits by a tanh (final_logit_softcapping), and learning "
+            f"computes its loss at the head without one; quantize with a drawn rotation (--rotate)"
+        )
     held_out, batches = _text(
         disjoint_batches(
             loaded,
@@ -199,9 +204,6 @@ def learn_rotation_artifact(
 
 
 def _starts(names: DecoderNames, settings: LearnRotationSettings) -> list[RotationPlan]:
-    require_r1(
-        names, settings.model, "nothing is learned for it; quantize with a drawn --rotate r2,r4"
-    )
     try:
         return [
             RotationPlan.draw(

@@ -45,7 +45,6 @@ from deploy.loading import save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
 from deploy.part_store import discard_parts, open_parts
 from deploy.part_walk import PartWalk
-from deploy.rotate import require_r1
 from deploy.rotation_file import save_rotation
 from deploy.shortcut_merge import model_wide_figures
 from deploy.staging import require_free_space
@@ -236,9 +235,6 @@ def choose_rotation(
         )
     if not wanted.names:
         return None
-    if own is None and RotationName.R1 in wanted.names:
-        others = [name.lower() for name in sorted(wanted.names - {RotationName.R1})]
-        require_r1(names, "--rotate", f"give --rotate {','.join(others or ['r2', 'r4'])}")
     try:
         if own is not None:
             return own.with_r3(names) if RotationName.R3 in wanted.names else own

@@ -147,6 +147,12 @@ def build_aware_model(
             f"aware training computes its loss at the head without one; train it on float weights, "
             f"without --start"
         )
+    if names.post_norm is not None and start.rotation is not None and start.rotation.r1:
+        raise UnsupportedModelError(
+            f"{start.directory}: puts R1 on at run time, in front of the head too, and training in "
+            f"the rounding computes its loss at the head without it; quantize the start with "
+            f"--rotate r2,r4"
+        )
     try:
         require_inside_weight(config)
     except ValueError as error:

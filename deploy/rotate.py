@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from deploy.errors import ArtifactError, UnsupportedModelError
+from deploy.errors import ArtifactError
 from deploy.loading import LoadedModel
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.fuse import fuse_rotations
-from rolora.rotation import RotationName, RotationPlan, check_reaches_stream
+from rolora.rotation import RotationPlan
 
 
 def rotate_model(
@@ -18,7 +18,7 @@ def rotate_model(
     plan: RotationPlan,
     only: Container[str] | None = None,
 ) -> None:
-    """Untie the head, fold the norms and fuse a rotation, in place; R4's online half is not set.
+    """Untie the head, fold the norms and fuse a rotation, in place; online halves are not set.
 
     Args:
         loaded: The model.
@@ -41,20 +41,3 @@ def rotate_model(
         fuse_rotations(loaded.model, names, plan, only)
     except ValueError as error:
         raise ArtifactError(f"{loaded.name}: cannot be rotated: {error}") from error
-
-
-def require_r1(names: DecoderNames, where: str, instead: str) -> None:
-    """Refuse a model whose residual stream cannot be rotated, and say what to do.
-
-    Args:
-        names: Its parts.
-        where: Model named in the message.
-        instead: What is supported, in words of the command line.
-
-    Raises:
-        UnsupportedModelError: It normalizes what it adds to the residual stream.
-    """
-    try:
-        check_reaches_stream(names, (RotationName.R1,))
-    except ValueError as error:
-        raise UnsupportedModelError(f"{where}: {error}: {instead}") from error

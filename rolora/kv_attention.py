@@ -22,8 +22,9 @@ from rolora.block_stream import BlockStream, KnownRows, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_cache import CacheCodec, CacheRecorder
 
-ATTENTION_NAME = "rolora_sdpa"
-"""Under which transformers knows our attention function."""
+ATTENTION_NAME = "rolora_cache"
+"""Under which transformers knows our attention function; one with "sdpa" in it would be refused
+for models that cap their scores."""
 CODEC_NAME = "kv_cache"
 """Attribute of an attention module that holds its codec."""
 _STATES = "cache"

@@ -9,7 +9,10 @@ that a module puts on its output is undone at the input of every module that rea
     R4  MLP activation   put on at run time in front of down; down undoes it in its weight
 
 R1 asks that nothing but a linear writes the residual stream. Where a norm does (Gemma), its gains
-stand between the linear and the stream, and R1 is refused.
+stand between the linear and the stream, and no rotation in front passes them. There the stream
+stays as it is, and R1 is put on at run time in front of the linears that read it, like R4::
+
+    R1  normed stream    put on in front of q, k, v, gate, up, head, which undo it in their weights
 
 R2 passes through attention because attention only averages the value vectors of one head over
 positions; query heads that share a key-value head share its R2. R3 is the same for every head and
@@ -100,8 +103,8 @@ class Application:
     inverse: bool
     """True where the module undoes the rotation of what it reads."""
     online: bool
-    """True for a rotation at run time, False for one in the weight: in front of the module (R4), or
-    behind it and the rotary embedding (R3)."""
+    """True for a rotation at run time, False for one in the weight: in front of the module (R4, and
+    R1 where a norm writes the residual stream), or behind it and the rotary embedding (R3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,10 +148,9 @@ class RotationPlan:
             one_r2: Give every layer the R2 of the first.
 
         Raises:
-            ValueError: R1, and a decoder with post-norms; or kind `hadamard` or `learned` and a
-                size that no construction reaches. The message names the rotation and the way out.
+            ValueError: Kind `hadamard` or `learned` and a size that no construction reaches; the
+                message names the rotation, the size and the way out.
         """
-        check_reaches_stream(names, rotations)
         sizes = {
             RotationName.R1: ("hidden_size", names.hidden_size),
             RotationName.R2: ("head_dim", names.head_dim),
@@ -337,13 +339,15 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
     embedding, and the product of the two undoes it.
 
     Raises:
-        ValueError: The plan was drawn for a decoder of other sizes, or has R1 where a decoder has
-            post-norms.
+        ValueError: The plan was drawn for a decoder of other sizes.
     """
     _check_sizes(plan, names)
-    check_reaches_stream(names, plan.names)
     r1, r2, r3, r4 = RotationName
+    rotates_stream = names.post_norm is None
+    # What no linear can put on: it acts behind a product or a norm.
+    at_run_time = {r3, r4} if rotates_stream else {r1, r3, r4}
     table = [Application(names.embedding, Side.OUTPUT, r1, None, inverse=False, online=False)]
+    table = table if rotates_stream else []
     for layer, block in enumerate(names.blocks):
         rows = (
             (block.query, Side.INPUT, r1),
@@ -360,29 +364,18 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
             (block.down, Side.OUTPUT, r1),
         )
         for fqn, side, rotation in rows:
-            if rotation in (r3, r4):  # no linear can put it on: it acts behind a product
+            undoes = side is Side.INPUT
+            if rotation is r1 and not undoes and not rotates_stream:
+                continue
+            if rotation in at_run_time:
                 table.append(Application(fqn, side, rotation, layer, inverse=False, online=True))
             if rotation is r3:
                 continue
-            undoes = side is Side.INPUT
             table.append(Application(fqn, side, rotation, layer, inverse=undoes, online=False))
+    if not rotates_stream:
+        table.append(Application(names.head, Side.INPUT, r1, None, inverse=False, online=True))
     table.append(Application(names.head, Side.INPUT, r1, None, inverse=True, online=False))
     return [application for application in table if application.rotation in plan.names]
-
-
-def check_reaches_stream(names: DecoderNames, rotations: Iterable[RotationName]) -> None:
-    """Refuse R1 where a norm with a gain per channel stands in front of the residual stream.
-
-    Raises:
-        ValueError: It does; the message names the norm and the rotations that are left.
-    """
-    if RotationName.R1 in rotations and names.post_norm is not None:
-        raise ValueError(
-            f"R1 cannot be fused into this decoder: {names.post_norm} normalizes what is added to "
-            f"the residual stream and multiplies each channel by a gain of its own, which a "
-            f"rotation in front of it does not pass; R2 and R4 (and R3 of a quantized KV cache) "
-            f"act elsewhere and are supported"
-        )
 
 
 def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "qwen3": ("qwen3", "none", {"tied": True}),
     "qwen3 rotated": ("qwen3", "r1,r2,r4", {}),
     "gemma2": ("gemma2", "none", GEMMA | {"tied": True}),
-    "gemma2 rotated": ("gemma2", "r2,r4", GEMMA | {"tied": False}),
+    "gemma2 rotated": ("gemma2", None, GEMMA | {"tied": False}),
     "gemma3": (
         "gemma3_text",
         "none",
@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     ),
     "gemma3 rotated, linear rope": (
         "gemma3_text",
-        "r2,r4",
+        "r1,r2",
         {
             "sliding_window": 16,
             "final_logit_softcapping": 30.0,

@@ -17,7 +17,6 @@ from deploy.architecture import decoder_names
 from deploy.checkpoint import Checkpoint
 from deploy.conventions import conventions
 from deploy.errors import UnsupportedModelError
-from deploy.finetune import finetune
 from deploy.loading import load_model
 from deploy.merge import Destination, MergeSettings, merge
 from deploy.module_layout import ScaledEmbedding, save_in_own_layout, to_our_layout
@@ -27,7 +26,7 @@ from rolora.fold import fold_norm_gains, norm_gain, untie_head
 from rolora.fuse import fuse_rotations
 from rolora.kv_attention import use_codecs
 from rolora.online import install_online_rotations
-from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName, RotationPlan
 from tests.conftest import build_tiny_model
 from tests.deploy.tiny_artifacts import (
     finetune_settings,
@@ -35,7 +34,6 @@ from tests.deploy.tiny_artifacts import (
     make_checkpoint,
     make_export,
     save_model,
-    write_rows,
 )
 
 IDS = torch.arange(30, 70)[None]
@@ -96,21 +94,24 @@ def test_the_embedding_scale_is_rounded_as_transformers_rounds_it() -> None:
 
 
 @pytest.mark.parametrize("kind", [RotationKind.HADAMARD, RotationKind.ORTHOGONAL])
-def test_r2_and_r4_change_no_logit_and_a_gain_without_its_offset_does(
+def test_rotations_change_no_logit_and_a_gain_without_its_offset_does(
     family: str, kind: RotationKind
 ) -> None:
     model = build_tiny_model(family, tied=True, num_hidden_layers=2, **FAMILIES[family])
     to_our_layout(model)
     expected = logits_of(model)
     names = decoder_names(model.config)
-    plan = RotationPlan.draw(names, [RotationName.R2, RotationName.R4], kind, 3)
+    plan = RotationPlan.draw(names, DEFAULT_ROTATIONS, kind, 3)
     untie_head(model, names)
     fold_norm_gains(model, names)
     assert bool((norm_gain(model, names, names.blocks[0].mlp_norm) == 1).all())
     post = names.blocks[0].mlp_post_norm
     assert post is not None
     assert not bool((norm_gain(model, names, post) == 1).all())
-    fuse_rotations(model, names, plan)
+    embedding = model.get_parameter(f"{names.embedding}.weight").clone()
+    counts = fuse_rotations(model, names, plan)
+    assert counts[RotationName.R1] == 2 * 5 + 1  # q, k, v, gate, up and the head: what reads
+    assert torch.equal(model.get_parameter(f"{names.embedding}.weight"), embedding)
     unrotated = logits_of(model)
     install_online_rotations(model, plan, names)
     assert distance(logits_of(model), expected) < 1e-5
@@ -120,28 +121,17 @@ def test_r2_and_r4_change_no_logit_and_a_gain_without_its_offset_does(
     assert distance(logits_of(model), expected) > 1e-2  # the control: a gain of 2
 
 
-def test_r1_is_refused_and_the_message_names_what_is_supported(
-    source: Path, tmp_path: Path
-) -> None:
-    for rotate in (None, "r1"):
-        with pytest.raises(UnsupportedModelError, match=r"R1 .*post_attention.*R2 and R4.*r2,r4"):
-            make_checkpoint(source, tmp_path / "c", "W8A8", rotate=rotate)
-    settings = finetune_settings(source, write_rows(tmp_path / "rows.jsonl"), "rolora")
-    with pytest.raises(UnsupportedModelError, match=r"R1 .*--method lora or reslora"):
-        finetune(settings, tmp_path / "a")
-
-
 @pytest.mark.parametrize(
     ("scheme", "rotate", "options"),
     [
-        ("W8A8", "r2,r4", {}),
+        ("W8A8", None, {}),
         ("W4A8", "none", {"weights": "rtn"}),
-        ("W4A4", "r2,r4", {"weights": "rtn"}),
+        ("W4A4", "r1", {"weights": "rtn", "kind": RotationKind.ORTHOGONAL}),
         ("FP32", "r2,r3,r4", {"kv_bits": 8}),
     ],
 )
 def test_every_scheme_is_exported_and_keeps_parity(
-    source: Path, tmp_path: Path, scheme: str, rotate: str, options: dict[str, Any]
+    source: Path, tmp_path: Path, scheme: str, rotate: str | None, options: dict[str, Any]
 ) -> None:
     checkpoint = make_checkpoint(source, tmp_path / "c", scheme, rotate=rotate, **options)
     report = make_export(checkpoint, tmp_path / "onnx").to_dict()
@@ -151,7 +141,7 @@ def test_every_scheme_is_exported_and_keeps_parity(
             assert distance(logits_of(opened.load_model()), logits_of(own_model(source))) < 0.1
 
 
-@pytest.mark.parametrize("method", ["lora", "reslora"])
+@pytest.mark.parametrize("method", ["lora", "reslora", "rolora"])
 def test_an_adapter_is_trained_and_merged(source: Path, tmp_path: Path, method: str) -> None:
     adapter = make_adapter(source, tmp_path / "adapter", method)
     for to in Destination:
@@ -160,9 +150,9 @@ def test_an_adapter_is_trained_and_merged(source: Path, tmp_path: Path, method: 
     assert distance(merged, logits_of(own_model(source))) > 1e-2
     plain = PeftModel.from_pretrained(own_model(source), tmp_path / "out-adapter")
     assert distance(logits_of(plain), merged) < 1e-5
-    options = {"adapter": adapter, "rotate": "r2,r4"}
-    with Checkpoint(make_checkpoint(source, tmp_path / "c", "FP32", **options)) as checkpoint:
-        assert distance(logits_of(checkpoint.load_model()), merged) < 1e-4
+    checkpoint = make_checkpoint(source, tmp_path / "c", "FP32", adapter=adapter)
+    with Checkpoint(checkpoint) as opened:
+        assert distance(logits_of(opened.load_model()), merged) < 1e-4
 
 
 def test_capped_scores_are_those_of_transformers_in_the_attention_of_a_quantized_cache() -> None:
