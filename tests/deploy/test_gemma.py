@@ -210,3 +210,14 @@ def test_training_in_the_rounding_refuses_capped_logits(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedModelError, match="final_logit_softcapping"):
             build_aware_model(load_model(source), checkpoint, settings.adapter, [], seed=0)
         assert conventions(checkpoint.config).logit_cap == 30.0
+
+
+def test_training_in_the_rounding_refuses_r1_at_run_time(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "gemma3_text", **FAMILIES["gemma3_text"])
+    start = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn")
+    settings = finetune_settings(source, tmp_path / "rows.jsonl", "lora")
+    with (
+        Checkpoint(start) as checkpoint,
+        pytest.raises(UnsupportedModelError, match=r"R1 .*--rotate r2,r4"),
+    ):
+        build_aware_model(load_model(source), checkpoint, settings.adapter, [], seed=0)

@@ -326,6 +326,14 @@ def test_a_gguf_of_another_family_is_unsupported(tmp_path: Path) -> None:
         load_model(write_gguf(tmp_path / "gpt2.gguf", "gpt2"))
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "gemma2"])
+def test_a_gguf_that_lacks_part_of_a_config_is_unsupported(model_type: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"llama, mistral, qwen2, qwen3\. .*safetensors"
+    ):
+        load_model(write_gguf(tmp_path / "model.gguf", model_type))
+
+
 def test_a_gguf_whose_rotary_scaling_would_be_lost_is_unsupported(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "llama3.gguf", "llama", tensor="rope_freqs.weight")
     with pytest.raises(UnsupportedModelError, match=r"llama3\.gguf: scales its rotary embedding"):
