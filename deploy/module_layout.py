@@ -99,8 +99,9 @@ def to_our_layout(model: PreTrainedModel) -> None:
         scaled = model.get_submodule(fqn)
         assert isinstance(scaled, nn.Embedding)
         with torch.device("meta"):
-            table = nn.Embedding(*scaled.weight.shape, scaled.padding_idx)
-        table.register_parameter("weight", scaled.weight)  # the same, which the head may share
+            table = nn.Embedding(scaled.num_embeddings, scaled.embedding_dim, scaled.padding_idx)
+        weight = model.get_parameter(f"{fqn}.weight")
+        table.register_parameter("weight", weight)  # the same one, which the head may share
         model.set_submodule(fqn, ScaledEmbedding(table, scale).train(scaled.training))
     for joined in joined_projections(model.config):
         own = model.get_submodule(joined.fqn)
@@ -163,8 +164,10 @@ def adapter_in_own_layout(adapter: Adapter, config: PreTrainedConfig) -> Adapter
         config: Of the decoder.
 
     Invariant:
-        The weight changes are the same, bit by bit.
+        The weight changes are the same, up to the order in which float products are summed.
     """
+    if not joined_projections(config):
+        return adapter
     factors = dict(adapter.factors)
     for joined in joined_projections(config):
         pairs = [factors.pop(f"{joined.fqn}.{name}", None) for name, _ in joined.parts]

@@ -200,8 +200,9 @@ def _attend(
     if codec is not None:
         query, key, value = codec(query, key, value)
     cap, scale = options.pop("softcap", None), options.get("scaling")
-    if cap is not None and scale is not None:
-        return _attend_capped(query, key, value, attention_mask, float(scale), float(cap)), None
+    if cap is not None:
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        return _attend_capped(query, key, value, attention_mask, scale, float(cap)), None
     attended: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options
     )
