@@ -46,6 +46,11 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "llama": ("llama", "none", {"attention_bias": True, "mlp_bias": True}),
     "llama rotated, tied": ("llama", None, {"tied": True}),
     "llama rotated, llama3 rope": ("llama", None, {"rope_parameters": LLAMA3_ROPE}),
+    "llama, linear rope": (
+        "llama",
+        "none",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "llama, many heads": ("llama", "r1", {"num_key_value_heads": 4}),
     "mistral, full": ("mistral", "none", {"sliding_window": None}),
     "mistral rotated, window": ("mistral", None, {"sliding_window": 16}),

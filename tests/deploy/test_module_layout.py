@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from deploy.adapter_artifact import open_adapter
 from deploy.architecture import decoder_names, joined_projections
 from deploy.compressed_export import export_compressed
 from deploy.errors import UnsupportedModelError
+from deploy.finetune import finetune
 from deploy.loading import load_model
 from deploy.merge import Destination, MergeSettings, merge
 from deploy.module_layout import (
@@ -27,7 +29,14 @@ from deploy.module_layout import (
 from reslora.adapter import Adapter
 from reslora.config import AdapterConfig
 from tests.conftest import build_tiny_model
-from tests.deploy.tiny_artifacts import make_adapter, make_checkpoint, make_export, save_model
+from tests.deploy.tiny_artifacts import (
+    finetune_settings,
+    make_adapter,
+    make_checkpoint,
+    make_export,
+    save_model,
+    write_rows,
+)
 
 IDS = torch.arange(30, 70)[None]
 
@@ -127,3 +136,14 @@ def test_readers_with_other_modules_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn")
     with pytest.raises(UnsupportedModelError, match=r"'phi3'.*supported are llama.*--format onnx"):
         export_compressed(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gemma2", "gemma3_text"])
+def test_adapters_of_every_layout_are_trained(model_type: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", model_type, tied=True)
+    settings = finetune_settings(source, write_rows(tmp_path / "rows.jsonl"), "rolora")
+    finetune(settings, tmp_path / "adapter")
+    trained = open_adapter(tmp_path / "adapter").adapter.factors
+    names = decoder_names(load_model(source).model.config)
+    assert set(trained) == set(names.linears())
+    assert all(bool(b.any()) for _, b in trained.values())  # B begins at zero
