@@ -18,9 +18,10 @@ that needs equal P). Where it fails a random matrix stands in the shortcut. The 
     o               R2 of the layer    R1
     down            R4         R1
 
-R1 and R4 are one for all layers. Only R2 differs, and mixes bases for v with `block` and for o with
-`block` and `input`. Therefore an adapter with a shortcut is trained with one R2 for all layers;
-then every structure fits every linear. Plain LoRA keeps an R2 for each layer.
+Where R1 acts at run time (`rolora.rotation`), o and down have no Q. R1 and R4 are one for all
+layers. Only R2 differs, and mixes bases for v with `block` and for o with `block` and `input`.
+Therefore an adapter with a shortcut is trained with one R2 for all layers; then every structure
+fits every linear. Plain LoRA keeps an R2 for each layer.
 
 Folding the norm gains is no rotation: the rotated model's shortcuts see normed inputs without
 gains, as the same training on the folded, unrotated model would. A merged change has no shortcut

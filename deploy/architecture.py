@@ -1,49 +1,24 @@
-"""Decoder families: which module plays which part. The only place that spells their names.
+"""A decoder read off its config: which module plays which part.
 
-The four families share one layout: pre-norm blocks with RMSNorm, rotary attention and a gated SiLU
-MLP. They differ in biases (found on the modules themselves), in q/k norms and in where a sliding
-attention window applies. What a config may ask for beyond that is refused here, before any weight
-is read, because a rotation or a graph that ignored it would be silently wrong.
+What sets a family apart comes from `deploy.families`; this is the only place that spells module
+names. Biases are found on the modules themselves. What a config may ask for beyond that is refused
+here, before any weight is read, because a rotation or a graph that ignored it would be silently
+wrong.
 
 Encoders, which have blocks of another kind, are in `encoder_architecture`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
 
 from transformers import PreTrainedConfig
 
+from deploy.conventions import head_dim, rope_parameters, sliding_window_per_layer
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.families import ACTIVATION_NAMES, ROPE_TYPES, Family, family_of
 from rolora.decoder import BlockNames, DecoderNames
-
-
-class WindowRule(StrEnum):
-    """Which layers of a family attend through a sliding window."""
-
-    NONE = "none"
-    EVERY_LAYER = "every layer"
-    LAYER_TYPES = "layer types"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets one model family apart from the common layout."""
-
-    has_qk_norms: bool
-    window: WindowRule
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(has_qk_norms=False, window=WindowRule.NONE),
-    "mistral": Family(has_qk_norms=False, window=WindowRule.EVERY_LAYER),
-    "qwen2": Family(has_qk_norms=False, window=WindowRule.LAYER_TYPES),
-    "qwen3": Family(has_qk_norms=True, window=WindowRule.LAYER_TYPES),
-}
-"""By `model_type` of config.json."""
 
 TARGET_PARTS: Mapping[str, str] = {
     "q": "query",
@@ -58,13 +33,6 @@ TARGET_PARTS: Mapping[str, str] = {
 
 ALL_TARGETS = "all"
 
-ENCODER_TYPES = ("bert", "roberta")
-"""Model types of encoders, which learn to classify and are neither rotated nor exported."""
-
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the text."""
-
 
 @dataclass(frozen=True)
 class QueryKeyNorms:
@@ -74,28 +42,13 @@ class QueryKeyNorms:
     key: str
 
 
-def family_of(model_type: str, where: str = "model") -> Family:
-    """Return the family of a `model_type`.
+@dataclass(frozen=True)
+class JoinedProjection:
+    """A linear of a family's own layout that holds the rows of several of ours."""
 
-    Args:
-        model_type: as in config.json.
-        where: model named in the message.
-
-    Raises:
-        UnsupportedModelError: not one of `FAMILIES`.
-    """
-    if model_type in ENCODER_TYPES:
-        raise UnsupportedModelError(
-            f"{where}: model type {model_type!r} is an encoder, which learns to classify: add "
-            "--task classification to rolora finetune, --tasks classification to rolora evaluate; "
-            f"here {', '.join(FAMILIES)} are supported"
-        )
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{where}: model type {model_type!r} is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
+    fqn: str
+    parts: tuple[tuple[str, int], ...]
+    """Name, under that FQN, and number of rows of each part, in order."""
 
 
 def decoder_names(config: PreTrainedConfig) -> DecoderNames:
@@ -107,18 +60,21 @@ def decoder_names(config: PreTrainedConfig) -> DecoderNames:
     Raises:
         UnsupportedModelError: another family, or a feature that we do not handle.
     """
-    family_of(config.model_type)
-    _refuse_unhandled_features(config)
+    family = family_of(config.model_type)
+    _refuse_unhandled_features(config, family)
     return DecoderNames(
-        embedding="model.embed_tokens",
-        blocks=tuple(_block_names(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
+        embedding="model.embed_tokens.table" if family.scales_embedding else "model.embed_tokens",
+        blocks=tuple(
+            _block_names(f"model.layers.{i}", family) for i in range(config.num_hidden_layers)
+        ),
         final_norm="model.norm",
         head="lm_head",
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        head_dim=_head_dim(config),
+        head_dim=head_dim(config),
         num_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
+        norm_offset=family.norm_offset,
     )
 
 
@@ -134,34 +90,28 @@ def qk_norms(config: PreTrainedConfig) -> tuple[QueryKeyNorms, ...]:
     )
 
 
-def sliding_window_per_layer(config: PreTrainedConfig) -> list[int | None]:
-    """Return for each layer how many tokens it attends to, itself included; None is all.
-
-    Raises:
-        UnsupportedModelError: a layer type that is neither full nor sliding attention, or a family
-            with one window for every layer whose config names layer types too.
-    """
-    family = family_of(config.model_type)
-    window: int | None = getattr(config, "sliding_window", None)
-    layer_types: Sequence[str] | None = getattr(config, "layer_types", None)
-    count = config.num_hidden_layers
-    if family.window is WindowRule.NONE or window is None:
-        return [None] * count
-    if family.window is WindowRule.EVERY_LAYER:
-        if layer_types is not None and set(layer_types) != {"sliding_attention"}:
-            raise UnsupportedModelError(
-                f"model type {config.model_type!r} with layer_types {sorted(set(layer_types))}: "
-                "this family has one window for every layer"
-            )
-        return [window] * count
-    windows = {"full_attention": None, "sliding_attention": window}
-    unknown = sorted(set(layer_types or ()) - windows.keys())
-    if layer_types is None or unknown or len(layer_types) != count:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r}: layer_types must name {count} layers of "
-            f"{' or '.join(windows)}, got {layer_types}"
+def joined_projections(config: PreTrainedConfig) -> list[JoinedProjection]:
+    """Return the projections that a family's own layout joins, in depth order; most join none."""
+    if not family_of(config.model_type).joins_projections:
+        return []
+    queries, keys = (
+        heads * head_dim(config)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    size = config.intermediate_size
+    return [
+        joined
+        for i in range(config.num_hidden_layers)
+        for joined in (
+            JoinedProjection(
+                f"model.layers.{i}.self_attn.qkv_proj",
+                (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)),
+            ),
+            JoinedProjection(
+                f"model.layers.{i}.mlp.gate_up_proj", (("gate_proj", size), ("up_proj", size))
+            ),
         )
-    return [windows[kind] for kind in layer_types]
+    ]
 
 
 def resolve_targets(names: DecoderNames, targets: str) -> list[str]:
@@ -193,36 +143,42 @@ def resolve_targets(names: DecoderNames, targets: str) -> list[str]:
     ]
 
 
-def _block_names(prefix: str) -> BlockNames:
+def _block_names(prefix: str, family: Family) -> BlockNames:
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    qkv = f"{attention}.qkv_proj" if family.joins_projections else attention
+    gate_up = f"{mlp}.gate_up_proj" if family.joins_projections else mlp
+    after_attention = f"{prefix}.post_attention_layernorm"
     return BlockNames(
         attention_norm=f"{prefix}.input_layernorm",
-        query=f"{prefix}.self_attn.q_proj",
-        key=f"{prefix}.self_attn.k_proj",
-        value=f"{prefix}.self_attn.v_proj",
-        output=f"{prefix}.self_attn.o_proj",
-        mlp_norm=f"{prefix}.post_attention_layernorm",
-        gate=f"{prefix}.mlp.gate_proj",
-        up=f"{prefix}.mlp.up_proj",
-        down=f"{prefix}.mlp.down_proj",
+        query=f"{qkv}.q_proj",
+        key=f"{qkv}.k_proj",
+        value=f"{qkv}.v_proj",
+        output=f"{attention}.o_proj",
+        mlp_norm=(
+            f"{prefix}.pre_feedforward_layernorm" if family.has_post_norms else after_attention
+        ),
+        gate=f"{gate_up}.gate_proj",
+        up=f"{gate_up}.up_proj",
+        down=f"{mlp}.down_proj",
+        attention_post_norm=after_attention if family.has_post_norms else None,
+        mlp_post_norm=f"{prefix}.post_feedforward_layernorm" if family.has_post_norms else None,
     )
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    head_dim: int | None = getattr(config, "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
-
-
-def _refuse_unhandled_features(config: PreTrainedConfig) -> None:
+def _refuse_unhandled_features(config: PreTrainedConfig, family: Family) -> None:
     faults = []
-    if config.hidden_act not in ("silu", "swish"):
-        faults.append(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        faults.append(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
-    factor = rope.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        faults.append(f"partial_rotary_factor is {factor}, expected 1.0")
+    activation = getattr(config, family.activation_field)
+    if ACTIVATION_NAMES.get(activation) is not family.activation:
+        faults.append(f"{family.activation_field} is {activation!r}, expected {family.activation}")
+    for rope in rope_parameters(config).values():
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            faults.append(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
+        factor = rope.get("partial_rotary_factor", 1.0)
+        if factor != 1.0 and not family.rotates_part:
+            faults.append(f"partial_rotary_factor is {factor}, expected 1.0")
+    if getattr(config, "use_bidirectional_attention", None):
+        faults.append("use_bidirectional_attention is set, expected attention to earlier tokens")
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts:
         faults.append(f"a mixture of {experts} experts, expected one dense MLP")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from deploy.conventions import context_length, conventions, rope_parameters, rotary_size
 from deploy.graph_builder import GraphBuilder
 
 
@@ -25,8 +27,8 @@ class AttentionInputs:
     """`last_position` as int32."""
     total_length: ir.Value
     """`total` as int32."""
-    cos: ir.Value
-    sin: ir.Value
+    rotary: Mapping[str | None, tuple[ir.Value, ir.Value]]
+    """cos and sin of each rotary embedding, by `LayerAttention.rope`."""
     positions: ir.Value | None
     """int64 [B, S] of the new tokens, where the rotary embedding is a node of its own."""
 
@@ -35,7 +37,6 @@ def attention_inputs(
     graph: GraphBuilder,
     mask: ir.Value,
     config: PretrainedConfig,
-    head_dim: int,
     input_ids: ir.Value | None = None,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> AttentionInputs:
@@ -45,7 +46,6 @@ def attention_inputs(
         graph: Receives the nodes.
         mask: int64 [B, past + S].
         config: Of the model.
-        head_dim: Size of a head.
         input_ids: int64 [B, S], if the positions of the new tokens are needed.
         dtype: Of the table.
     """
@@ -60,14 +60,20 @@ def attention_inputs(
     shape = graph.value("Shape", [mask], "mask/Shape")
     total = graph.value("Gather", [shape, graph.constant(np.int64(1))], "mask/Gather", axis=0)
     total_length = graph.value("Cast", [total], "mask/total/Cast", to=ir.DataType.INT32)
-    cos, sin = (table.astype(dtype.numpy()) for table in rotary_tables(config, head_dim))
+    rotary = {}
+    for kind in dict.fromkeys(layer.rope for layer in conventions(config).layers):
+        prefix = "" if kind is None else f"{kind}."
+        cos, sin = (ir.tensor(table.astype(dtype.numpy())) for table in rotary_tables(config, kind))
+        rotary[kind] = (
+            graph.weight(f"{prefix}cos_cache", cos),
+            graph.weight(f"{prefix}sin_cache", sin),
+        )
     return AttentionInputs(
         last,
         total,
         seqlens_k,
         total_length,
-        graph.weight("cos_cache", ir.tensor(cos)),
-        graph.weight("sin_cache", ir.tensor(sin)),
+        rotary,
         None if input_ids is None else _positions(graph, input_ids, last),
     )
 
@@ -109,24 +115,28 @@ def last_hidden(
     return graph.value("GatherND", [hidden, index], "last/GatherND", batch_dims=1)
 
 
-def rotary_tables(config: PretrainedConfig, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(
+    config: PretrainedConfig, kind: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Tabulate cos and sin of the rotary embedding for every position of the context.
 
     Args:
         config: With `rope_parameters` (default, linear, llama3, yarn ...) and
             `max_position_embeddings`.
-        head_dim: Size of a head; all of it is rotated.
+        kind: Which one, as `LayerAttention.rope` names it.
 
     Returns:
-        Two float32 arrays [max_position_embeddings, head_dim / 2].
+        Two float32 arrays [context, rotary size / 2].
     """
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    rope, size = rope_parameters(config)[kind], rotary_size(config)
+    rope_type = rope.get("rope_type", "default")
+    if rope_type == "default":
+        exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         inverse_frequency, scaling = 1.0 / (rope["rope_theta"] ** exponents), 1.0
     else:
-        inverse_frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    positions = torch.arange(config.max_position_embeddings).float()
+        inverse_frequency, scaling = ROPE_INIT_FUNCTIONS[rope_type](
+            config, torch.device("cpu"), **({} if kind is None else {"layer_type": kind})
+        )
+    positions = torch.arange(context_length(config)).float()
     angles = positions[:, None] * inverse_frequency.float()[None, :]
     return (angles.cos() * scaling).numpy(), (angles.sin() * scaling).numpy()

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from deploy.attention_inputs import AttentionInputs
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import LayerAttention, conventions, rotary_size
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder
 from rolora.decoder import BlockNames
@@ -55,7 +56,7 @@ def attention_node(
     heads: list[ir.Value | None],
     past: list[ir.Value],
     shared: AttentionInputs,
-    window: int | None,
+    layer: LayerAttention,
 ) -> tuple[ir.Value, ...]:
     """Add attention of one block.
 
@@ -67,24 +68,31 @@ def attention_node(
             None twice.
         past: Key and value of the cache, [B, kv_heads, T, head_dim].
         shared: What all layers share.
-        window: How many tokens a token attends to; None is all.
+        layer: What is this layer's alone.
 
     Returns:
         The result, float32 [B, S, heads * head_dim], and present key and value.
     """
-    names, prefix = checkpoint.names, block.query.rpartition(".")[0]
-    tables: list[ir.Value | None] = [shared.cos, shared.sin]
+    names, prefix = checkpoint.names, block.output.rpartition(".")[0]
+    computed = conventions(checkpoint.config)
+    cos_sin = shared.rotary[layer.rope]
+    tables: list[ir.Value | None] = [*cos_sin]
     if has_rotation_nodes(checkpoint):
-        heads, tables = _rotate_heads(graph, checkpoint, prefix, heads, shared), [None, None]
+        heads, tables = (
+            _rotate_heads(graph, checkpoint, prefix, heads, shared, cos_sin),
+            [None, None],
+        )
     inputs = [*heads, *past, shared.seqlens_k, shared.total_length, *tables]
-    attributes: dict[str, str | int] = {}
+    attributes: dict[str, str | int | float] = {}
+    if computed.attention_cap is not None:
+        attributes["softcap"] = float(computed.attention_cap)
     if checkpoint.kv_bits != FLOAT_KV_BITS:
         scales = [
             graph.weight(f"{prefix}.kv_cache.{name}", ir.tensor(part[None]))
             for name, part in checkpoint.cache_parts(block).items()
         ]
         inputs += [None, None, None, *scales]
-        attributes = {
+        attributes |= {
             "kv_cache_bit_width": checkpoint.kv_bits,
             "k_quant_type": "PER_CHANNEL",
             "v_quant_type": "PER_CHANNEL",
@@ -97,10 +105,10 @@ def attention_node(
         outputs=("", "_present_key", "_present_value"),
         num_heads=names.num_heads,
         kv_num_heads=names.num_key_value_heads,
-        scale=float(names.head_dim) ** -0.5,
+        scale=computed.attention_scale,
         do_rotary=int(tables[0] is not None),
         rotary_interleaved=0,
-        local_window_size=-1 if window is None else window,
+        local_window_size=-1 if layer.window is None else layer.window,
         **attributes,
     )
 
@@ -111,6 +119,7 @@ def _rotate_heads(
     prefix: str,
     heads: list[ir.Value | None],
     shared: AttentionInputs,
+    cos_sin: tuple[ir.Value, ir.Value],
 ) -> list[ir.Value | None]:
     """Apply the rotary embedding and R3 to queries and keys, as heads of one tensor."""
     names, rotation = checkpoint.names, checkpoint.r3
@@ -126,12 +135,17 @@ def _rotate_heads(
         )
     else:
         both = graph.value("Concat", [query, key], f"{prefix}/qk/Concat", axis=-1)
+    attributes = {}
+    if (rotated := rotary_size(checkpoint.config)) < names.head_dim:
+        heads_of_both = names.num_heads + names.num_key_value_heads
+        attributes = {"rotary_embedding_dim": rotated, "num_heads": heads_of_both}
     both = graph.value(
         "RotaryEmbedding",
-        [both, shared.positions, shared.cos, shared.sin],
+        [both, shared.positions, *cos_sin],
         f"{prefix}/RotaryEmbedding",
         domain=MICROSOFT,
         interleaved=0,
+        **attributes,
     )
     split = graph.constant(np.array([0, 0, -1, names.head_dim], np.int64))
     joined = graph.constant(np.array([0, 0, queries + keys], np.int64))

@@ -27,11 +27,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from deploy.architecture import decoder_names
 from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.errors import ArtifactError
+from deploy.module_layout import empty_decoder, to_our_layout
 from deploy.rotation_file import load_rotation
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_attention import CODEC_NAME, attention_fqn, install_codecs
@@ -182,10 +183,19 @@ class Checkpoint:
         return unpack_int4(torch.from_numpy(stored)).numpy()
 
     def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the float32 factors (left, right) of R4, or None without an online rotation."""
+        """Return the float32 factors (left, right) of R4, or None without it."""
         if self.rotation is None or self.rotation.r4 is None:
             return None
         return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
+
+    def online_r1(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Return signs [l * r] and factors of an R1 that acts at run time, float32; else None."""
+        plan = self.rotation
+        if plan is None or plan.r1 is None or self.names.post_norm is None:
+            return None
+        r1, signs = plan.r1, plan.r1.signs
+        signs = torch.ones(r1.size) if signs is None else signs.float()
+        return signs.numpy(), r1.left.float().numpy(), r1.right.float().numpy()
 
     @property
     def r3(self) -> np.ndarray | None:
@@ -229,10 +239,8 @@ class Checkpoint:
 
     def load_model(self) -> PreTrainedModel:
         """Rebuild the torch model: integer modules, online rotations, quantized KV cache."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="sdpa"
-            )
+        model = empty_decoder(self.config)
+        to_our_layout(model)
         for fqn in (*self.names.linears(), self.names.head):
             linear = self.linear(fqn)
             if linear.activation is not None:

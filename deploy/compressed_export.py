@@ -45,6 +45,7 @@ from deploy.compressed_reader import TRANSFORM_NAME, TRANSFORM_WEIGHT
 from deploy.compressed_scheme import compressed_scheme, describe_group
 from deploy.errors import ParityError, UnsupportedModelError
 from deploy.export import ExportFormat
+from deploy.families import FAMILIES, family_of
 from deploy.memory import peak_memory_bytes
 from deploy.parity import parity_tokens
 from deploy.rotation_file import ROTATION_NAME
@@ -103,10 +104,12 @@ def export_compressed(
         ConfigError: The output exists, or the format has no words for the checkpoint's.
         StageOrderError: The directory is no checkpoint.
         ArtifactError: A file is missing or damaged, or the disk is full.
-        UnsupportedModelError: The library cannot build R4 of this size.
+        UnsupportedModelError: The library cannot build R4 of this size, or the family has other
+            modules there.
         ParityError: A reader would not compute what the checkpoint does; nothing is left behind.
     """
     with Checkpoint(checkpoint_directory) as checkpoint:
+        _require_our_layout(checkpoint)
         parents = {"checkpoint": checkpoint.manifest.digest}
         config: dict[str, Any] = {"format": str(ExportFormat.COMPRESSED_TENSORS)}
         if done := finished_artifact(output, ArtifactKind.COMPRESSED, parents, config):
@@ -151,6 +154,22 @@ def export_compressed(
                 ),
             )
     return CompressedReport(output, manifest, peak_memory_bytes())
+
+
+def _require_our_layout(checkpoint: Checkpoint) -> None:
+    """Refuse a family whose readers expect other modules than a checkpoint has.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    model_type = checkpoint.config.model_type
+    if family_of(model_type).has_own_layout:
+        others = ", ".join(name for name, each in FAMILIES.items() if not each.has_own_layout)
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: readers of compressed-tensors have other modules for model "
+            f"type {model_type!r} than this checkpoint; supported are {others}. rolora export "
+            f"--format onnx takes it"
+        )
 
 
 def _name_architecture(checkpoint: Checkpoint, directory: Path) -> None:

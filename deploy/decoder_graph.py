@@ -3,8 +3,9 @@
     input_ids -> embedding -> blocks -> final norm -> head -> logits
 
 Per block: skip-norm, packed q/k/v, GroupQueryAttention with the rotary embedding inside, output
-projection, skip-norm, gate and up, SiLU (QuickGelu with alpha 1), the online rotation R4 where the
-checkpoint has one, down. An input is quantized once for all the linears that read it.
+projection, skip-norm, gate and up, SiLU (QuickGelu with alpha 1) or GELU, the online rotation R4
+where the checkpoint has one, down; in some families a norm behind output projection and down. An
+input is quantized once for all the linears that read it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from deploy.architecture import QueryKeyNorms, qk_norms, sliding_window_per_layer
+from deploy.architecture import QueryKeyNorms, qk_norms
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import LayerAttention, conventions, rotary_size
 from deploy.errors import UnsupportedModelError
+from deploy.families import Activation
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
 from deploy.input_ops import QuantizedInput, quantize_input
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
@@ -28,7 +31,7 @@ from rolora.decoder import BlockNames
 from rolora.scheme import Granularity
 
 HEAD_DIM_MULTIPLE = 16
-"""What GroupQueryAttention demands of the head size when it rotates."""
+"""What GroupQueryAttention demands of the head size, and of the part of it that it rotates."""
 
 
 class DecoderGraph:
@@ -52,17 +55,19 @@ class DecoderGraph:
         form: GraphForm = ONE_INTEGER_GRAPH,
         stored: Mapping[str, ir.ExternalTensor] | None = None,
     ) -> None:
-        head_dim = checkpoint.names.head_dim
-        if head_dim % self.head_dim_multiple:
+        rotated, head_dim = rotary_size(checkpoint.config), checkpoint.names.head_dim
+        if rotated % self.head_dim_multiple or head_dim % self.head_dim_multiple:
             raise UnsupportedModelError(
-                f"{checkpoint.directory}: head_dim is {head_dim}; the rotary attention of ONNX "
-                f"Runtime needs a multiple of {self.head_dim_multiple}"
+                f"{checkpoint.directory}: its rotary embedding turns {rotated} of the {head_dim} "
+                f"entries of a head; the rotary attention of ONNX Runtime needs a multiple of "
+                f"{self.head_dim_multiple} for either"
             )
         self.dtype = ir.DataType.FLOAT16 if form.half else ir.DataType.FLOAT
         self.cache_dtype = cache_dtype(checkpoint, self.dtype)
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.names
+        self.computed = conventions(checkpoint.config)
         self.form = form
         self.graph = GraphBuilder("decoder", stored)
 
@@ -76,7 +81,6 @@ class DecoderGraph:
         inputs, outputs = [input_ids, mask], []
         self._prepare_attention(input_ids, mask)
         stream, delta = self._embed(input_ids), None
-        windows = sliding_window_per_layer(self.config)
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
         cache = ("batch_size", names.num_key_value_heads)
         for layer, block in enumerate(names.blocks):
@@ -90,14 +94,17 @@ class DecoderGraph:
             ]
             inputs += past
             normed, stream = self._norm(block.attention_norm, stream, delta)
-            delta, present = self._attention(block, head_norms[layer], normed, past, windows[layer])
+            delta, present = self._attention(
+                block, head_norms[layer], normed, past, self.computed.layers[layer]
+            )
             for part, value in zip(("key", "value"), present, strict=True):
                 shape = (*cache, "total_sequence_length", names.head_dim)
                 outputs.append(
                     name_output(value, f"present.{layer}.{part}", self.cache_dtype, shape)
                 )
+            delta = self._post_norm(block.attention_post_norm, delta)
             normed, stream = self._norm(block.mlp_norm, stream, delta)
-            delta = self._mlp(block, normed)
+            delta = self._post_norm(block.mlp_post_norm, self._mlp(block, normed))
         normed, _ = self._norm(names.final_norm, stream, delta)
         if not self.form.last_logits:
             return graph.build(inputs, [self._head(normed, "sequence_length"), *outputs])
@@ -117,7 +124,6 @@ class DecoderGraph:
             self.graph,
             mask,
             self.config,
-            self.names.head_dim,
             input_ids if rotates else None,
             self.dtype,
         )
@@ -129,13 +135,27 @@ class DecoderGraph:
     def _head(self, hidden: ir.Value, positions: int | str) -> ir.Value:
         """Add the head and name its output."""
         fqn = self.names.head
+        hidden = self._rotate_stream(hidden, fqn)
         logits = self._linear([fqn], hidden, self._quantized(fqn, hidden), fqn, half=False)
         if self.form.half and self.checkpoint.linear(fqn).activation is None:
             logits = self.graph.value("Cast", [logits], f"{fqn}/Cast", to=ir.DataType.FLOAT)
+        if (cap := self.computed.logit_cap) is not None:
+            factor = self.graph.constant(np.float32(cap))
+            logits = self.graph.value("Div", [logits, factor], f"{fqn}/cap/Div")
+            logits = self.graph.value("Tanh", [logits], f"{fqn}/cap/Tanh")
+            logits = self.graph.value("Mul", [logits, factor], f"{fqn}/cap/Mul")
         wide = ("batch_size", positions, self.config.vocab_size)
         return name_output(logits, "logits", ir.DataType.FLOAT, wide)
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
+        """Look the tokens up, and scale all rows where a family does."""
+        rows = self._look_up(input_ids)
+        if (factor := self.computed.embedding_scale) is None:
+            return rows
+        whole = self.graph.constant(np.asarray(factor, self.dtype.numpy()))
+        return self.graph.value("Mul", [rows, whole], "embedding/all/Mul")
+
+    def _look_up(self, input_ids: ir.Value) -> ir.Value:
         """Look the tokens up; int8 rows are scaled after the lookup, groups of 4 bits in it."""
         key = self.names.embedding
         spec = self.checkpoint.embedding_spec
@@ -200,17 +220,21 @@ class DecoderGraph:
         )
         return results[0], results[-1]
 
+    def _post_norm(self, fqn: str | None, delta: ir.Value) -> ir.Value:
+        """Normalize what is added to the residual stream, where a family does."""
+        return delta if fqn is None else self._norm(fqn, delta, None)[0]
+
     def _attention(
         self,
         block: BlockNames,
         norms: QueryKeyNorms | None,
         normed: ir.Value,
         past: list[ir.Value],
-        window: int | None,
+        layer: LayerAttention,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Add self-attention; returns its output and (present key, present value)."""
         names = self.names
-        prefix = block.query.rpartition(".")[0]
+        normed = self._rotate_stream(normed, block.output.rpartition(".")[0])
         quantized = self._quantized(block.query, normed)
         heads: list[ir.Value | None]
         readers = [block.query, block.key, block.value]
@@ -226,9 +250,9 @@ class DecoderGraph:
                 key = self._head_norm(norms.key, key, names.num_key_value_heads)
             heads = [query, key, value]
         else:
-            packed = self._linear(readers, normed, quantized, f"{prefix}.qkv")
+            packed = self._linear(readers, normed, quantized, packed_name(block))
             heads = [packed, None, None]
-        attended, present_key, present_value = self._attend(block, heads, past, window)
+        attended, present_key, present_value = self._attend(block, heads, past, layer)
         quantized = self._quantized(block.output, attended)
         return self._linear([block.output], attended, quantized, block.output), (
             present_key,
@@ -237,18 +261,19 @@ class DecoderGraph:
 
     def _gain(self, fqn: str) -> ir.Value:
         """Add the gain of a norm."""
-        gain = self.checkpoint.array(f"{fqn}.weight").astype(self.dtype.numpy())
-        return self.graph.weight(f"{fqn}.weight", ir.tensor(gain))
+        gain = self.checkpoint.array(f"{fqn}.weight")
+        whole = (gain + np.asarray(self.names.norm_offset, gain.dtype)).astype(self.dtype.numpy())
+        return self.graph.weight(f"{fqn}.weight", ir.tensor(whole))
 
     def _attend(
         self,
         block: BlockNames,
         heads: list[ir.Value | None],
         past: list[ir.Value],
-        window: int | None,
+        layer: LayerAttention,
     ) -> tuple[ir.Value, ...]:
         """Add attention itself; `attention_node` says what goes in and comes out."""
-        return attention_node(self.graph, self.checkpoint, block, heads, past, self._shared, window)
+        return attention_node(self.graph, self.checkpoint, block, heads, past, self._shared, layer)
 
     def _head_norm(self, fqn: str, x: ir.Value, heads: int) -> ir.Value:
         """Normalize each head of [B, S, heads * head_dim] (qwen3)."""
@@ -262,13 +287,20 @@ class DecoderGraph:
     def _mlp(self, block: BlockNames, normed: ir.Value) -> ir.Value:
         """Add the gated MLP; returns its contribution to the stream."""
         graph = self.graph
-        prefix = block.gate.rpartition(".")[0]
+        prefix = block.down.rpartition(".")[0]
+        normed = self._rotate_stream(normed, prefix)
         quantized = self._quantized(block.gate, normed)
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
-        active = self._silu(gate, prefix)
-        hidden = self._rotate_online(graph.value("Mul", [active, up], f"{prefix}/Mul"), prefix)
+        hidden = graph.value("Mul", [self._activated(gate, prefix), up], f"{prefix}/Mul")
+        hidden = self._rotate_online(hidden, self.checkpoint.online_factors(), f"{prefix}/R4")
         return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
+
+    def _activated(self, gate: ir.Value, prefix: str) -> ir.Value:
+        """Add the MLP's activation."""
+        if self.computed.activation is Activation.SILU:
+            return self._silu(gate, prefix)
+        return self.graph.value("Gelu", [gate], f"{prefix}/Gelu", approximate="tanh")
 
     def _silu(self, x: ir.Value, prefix: str) -> ir.Value:
         """Add x * sigmoid(x)."""
@@ -276,21 +308,34 @@ class DecoderGraph:
             "QuickGelu", [x], f"{prefix}/QuickGelu", domain=MICROSOFT, alpha=1.0
         )
 
-    def _rotate_online(self, hidden: ir.Value, prefix: str) -> ir.Value:
-        """Apply R4, the Kronecker product of two small matrices, as two MatMuls."""
-        factors = self.checkpoint.online_factors()
+    def _rotate_stream(self, normed: ir.Value, prefix: str) -> ir.Value:
+        """Apply R1 to what linears read of the residual stream, where it is not in the stream."""
+        factors = self.checkpoint.online_r1()
+        if factors is None:
+            return normed
+        signs, left, right = factors
+        if (signs < 0).any():
+            normed = self.graph.value(
+                "Mul", [normed, self.graph.constant(signs)], f"{prefix}/R1/signs/Mul"
+            )
+        return self._rotate_online(normed, (left, right), f"{prefix}/R1")
+
+    def _rotate_online(
+        self, hidden: ir.Value, factors: tuple[np.ndarray, np.ndarray] | None, name: str
+    ) -> ir.Value:
+        """Apply the Kronecker product of two small matrices, as two MatMuls."""
         if factors is None:
             return hidden
         left, right = (factor.astype(self.dtype.numpy()) for factor in factors)
         graph = self.graph
         split = graph.constant(np.array([0, 0, left.shape[0], right.shape[0]], np.int64))
         joined = graph.constant(np.array([0, 0, left.shape[0] * right.shape[0]], np.int64))
-        x = graph.value("Reshape", [hidden, split], f"{prefix}/R4/split/Reshape")
-        x = graph.value("MatMul", [x, graph.constant(right)], f"{prefix}/R4/right/MatMul")
+        x = graph.value("Reshape", [hidden, split], f"{name}/split/Reshape")
+        x = graph.value("MatMul", [x, graph.constant(right)], f"{name}/right/MatMul")
         x = graph.value(
-            "MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{prefix}/R4/left/MatMul"
+            "MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{name}/left/MatMul"
         )
-        return graph.value("Reshape", [x, joined], f"{prefix}/R4/join/Reshape")
+        return graph.value("Reshape", [x, joined], f"{name}/join/Reshape")
 
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
         """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""
@@ -331,3 +376,8 @@ class DecoderGraph:
         if linears[0].activation is not None:
             return nbits_linear(self.graph, x, self.checkpoint, linears, name)
         return float_linear(self.graph, x, self.checkpoint, linears, name, self.dtype)
+
+
+def packed_name(block: BlockNames) -> str:
+    """Return the name under which query, key and value stand in the graph as one product."""
+    return f"{block.output.rpartition('.')[0]}.qkv"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from deploy.architecture import ALL_TARGETS, ENCODER_TYPES, FAMILIES
+from deploy.architecture import ALL_TARGETS
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.families import ENCODER_TYPES, FAMILIES
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from deploy.blocked_weights import blocked_layout, unpack_blocks
 from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.decoder_graph import packed_name
 from deploy.errors import ParityError
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
 from deploy.linear_ops import WEIGHT_SHIFT
@@ -50,12 +51,14 @@ def _check_graph(
 ) -> int:
     """Compare one graph, which must hold the quantized ones of the linears named."""
     initializers = ir.load(directory / form.file).graph.initializers
-    packed = [(block.query, block.key, block.value) for block in checkpoint.names.blocks]
-    alone = [(fqn,) for fqn in fqns_held]
+    packed = [
+        (packed_name(block), (block.query, block.key, block.value))
+        for block in checkpoint.names.blocks
+    ]
+    alone = [(fqn, (fqn,)) for fqn in fqns_held]
     compared = 0
-    for fqns in [*packed, *alone]:
+    for name, fqns in [*packed, *alone]:
         linears = [checkpoint.linear(fqn) for fqn in fqns]
-        name = graph_name(fqns)
         key = f"{name}.weight"
         if linears[0].activation is None or key not in initializers:
             continue
@@ -76,17 +79,12 @@ def _check_graph(
                 "was written"
             )
         compared += len(linears)
-    quantized = sum(checkpoint.linear(fqn).activation is not None for (fqn,) in alone)
+    quantized = sum(checkpoint.linear(fqn).activation is not None for fqn, _ in alone)
     if compared != quantized:
         raise ParityError(
             f"{form.file} holds {compared} of {quantized} quantized linears; nothing was written"
         )
     return compared
-
-
-def graph_name(fqns: tuple[str, ...]) -> str:
-    """Return the name under which linears that share an input stand in the graph."""
-    return f"{fqns[0].rpartition('.')[0]}.qkv" if len(fqns) > 1 else fqns[0]
 
 
 def _content(value: ir.Value) -> ir.TensorProtocol:

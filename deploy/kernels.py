@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.conventions import conventions, rotary_size
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
 from deploy.targets import INTEGER_FORMATS, IntegerFormat, Target
@@ -136,6 +137,7 @@ def graph_forms(
     names = checkpoint.names
     linears = [checkpoint.linear(fqn) for fqn in (*names.linears(), names.head)]
     if target in (Target.QDQ, Target.CUDA):
+        _require_plain(checkpoint, target)
         _require_wide_embedding(checkpoint, target)
     if target is Target.QDQ:
         require_static(checkpoint, linears)
@@ -150,6 +152,19 @@ def graph_forms(
     half = target is Target.CUDA
     forms = _forms(checkpoint, kernel, linears, phases=not half)
     return tuple(replace(form, target=target, half=half) for form in forms)
+
+
+def _require_plain(checkpoint: Checkpoint, target: Target) -> None:
+    """Refuse what only the graphs of the CPU compute between the linears."""
+    config, names = checkpoint.config, checkpoint.names
+    post_norms = names.blocks[0].attention_post_norm is not None
+    plain = conventions(config).is_plain and rotary_size(config) == names.head_dim
+    if post_norms or not plain:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: --target {target} has decoders that compute as llama does; "
+            f"{config.model_type} has caps, norms behind linears, another activation or a partial "
+            f"rotary embedding, which --target {Target.CPU} computes"
+        )
 
 
 def _require_wide_embedding(checkpoint: Checkpoint, target: Target) -> None:

@@ -26,6 +26,7 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.calibration_text import disjoint_batches
+from deploy.conventions import conventions
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import load_model
 from deploy.memory import peak_memory_bytes
@@ -137,6 +138,11 @@ def learn_rotation_artifact(
         progress(f"{output} is finished already")
         return LearnRotationReport(output, done, peak_memory_bytes())
     names = decoder_names(loaded.model.config)
+    if conventions(loaded.model.config).logit_cap is not None:
+        raise UnsupportedModelError(
+            f"{loaded.name}: caps its logits by a tanh (final_logit_softcapping), and learning "
+            f"computes its loss at the head without one; quantize with a drawn rotation (--rotate)"
+        )
     held_out, batches = _text(
         disjoint_batches(
             loaded,

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from deploy.architecture import decoder_names, family_of
+from deploy.architecture import decoder_names
 from deploy.artifact import (
     MANIFEST_NAME,
     TAKEN_BY,
@@ -36,8 +36,10 @@ from deploy.artifact import (
     verify_files,
 )
 from deploy.errors import ArtifactError, StageOrderError, UnsupportedModelError
+from deploy.families import family_of
 from deploy.gguf_files import check_gguf
 from deploy.model_location import locate_model
+from deploy.module_layout import to_our_layout
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
@@ -197,6 +199,7 @@ def _load_weights(directory: Path, dtype: torch.dtype, **source: Any) -> PreTrai
         )
     refuse_departures(where, info)
     refuse_non_finite(where, model)
+    to_our_layout(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

@@ -176,7 +176,8 @@ def merge(
         if settings.to is Destination.MODEL:
             _write_model(source, settings.dtype.torch_dtype, directory)
         elif plain is not None:
-            details |= _write_adapter(plain, settings, directory) | dict(source.details)
+            exported = source.exported(plain)
+            details |= _write_adapter(exported, settings, directory) | dict(source.details)
         manifest = write_manifest(
             directory,
             Manifest(

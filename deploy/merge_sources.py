@@ -27,6 +27,7 @@ from deploy.encoder_loading import save_classifier
 from deploy.errors import ConfigError
 from deploy.loading import LoadedModel, load_model, quiet_transformers, save_tokenizer
 from deploy.memory import release_free_memory
+from deploy.module_layout import adapter_in_own_layout, save_in_own_layout
 from deploy.rotate import rotate_model
 from deploy.shortcut_merge import ChosenMerge, choose_merge, is_exact
 from reslora.adapter import Adapter
@@ -66,6 +67,9 @@ class MergeSource(Protocol):
         Raises:
             ConfigError: There is nothing usable.
         """
+
+    def exported(self, plain: Adapter) -> Adapter:
+        """Return a plain adapter for the linears that other programs see."""
 
     def save(self, directory: Path) -> None:
         """Write model and tokenizer as an ordinary Hugging Face directory."""
@@ -107,10 +111,14 @@ class DecoderSource:
             self._load_again()
         return merged_plain_adapter(self.loaded.model, stored, chosen), chosen
 
+    def exported(self, plain: Adapter) -> Adapter:
+        """See `MergeSource`."""
+        return adapter_in_own_layout(plain, self.loaded.model.config)
+
     def save(self, directory: Path) -> None:
         """See `MergeSource`."""
         with quiet_transformers():
-            self.loaded.model.save_pretrained(directory)
+            save_in_own_layout(self.loaded.model, directory)
         save_tokenizer(self.loaded, directory)
 
     def calibration(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:
@@ -154,6 +162,10 @@ class ClassifierSource:
             self.loaded.model, None, stored, method, lambda: self.calibration(stored)
         )
         return merged_plain_adapter(self.loaded.model, stored, chosen), chosen
+
+    def exported(self, plain: Adapter) -> Adapter:
+        """See `MergeSource`; its linears are those of the files."""
+        return plain
 
     def save(self, directory: Path) -> None:
         """See `MergeSource`."""

@@ -42,6 +42,7 @@ from transformers import PreTrainedModel
 
 from deploy.calibration_text import sample_text
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import context_length
 from deploy.errors import ParityError
 from deploy.exact_weights import check_exact_weights
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
@@ -200,7 +201,7 @@ def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:
     ids = tokenizer(sample_text("evaluation.txt"), add_special_tokens=False, verbose=False)[
         "input_ids"
     ]
-    count = min(PROMPT_TOKENS + DECODE_STEPS, checkpoint.config.max_position_embeddings)
+    count = min(PROMPT_TOKENS + DECODE_STEPS, context_length(checkpoint.config))
     vocabulary: int = checkpoint.config.vocab_size
     return np.asarray(ids[:count], dtype=np.int64) % vocabulary
 

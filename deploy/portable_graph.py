@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from deploy.attention_inputs import rotary_tables
 from deploy.checkpoint import Checkpoint
+from deploy.conventions import LayerAttention
 from deploy.decoder_graph import DecoderGraph
 from deploy.graph_builder import GraphBuilder
 from deploy.input_ops import QuantizedInput
@@ -86,9 +87,7 @@ class PortableGraph(DecoderGraph):
                 ],
                 f"{name}/Unsqueeze",
             )
-            for name, table in zip(
-                ("cos", "sin"), rotary_tables(self.config, self.names.head_dim), strict=True
-            )
+            for name, table in zip(("cos", "sin"), rotary_tables(self.config, None), strict=True)
         ]
 
     def _mask_bias(self, window: int | None) -> ir.Value:
@@ -141,10 +140,10 @@ class PortableGraph(DecoderGraph):
         block: BlockNames,
         heads: list[ir.Value | None],
         past: list[ir.Value],
-        window: int | None,
+        layer: LayerAttention,
     ) -> tuple[ir.Value, ...]:
         graph, names = self.graph, self.names
-        prefix = block.query.rpartition(".")[0]
+        prefix = block.output.rpartition(".")[0]
         shared, size = names.num_key_value_heads, names.head_dim
         queries, group = names.num_heads, names.num_heads // names.num_key_value_heads
         packed = heads[0]
@@ -176,7 +175,7 @@ class PortableGraph(DecoderGraph):
             sizes = graph.constant(np.array(shape, np.int64))
             return graph.value("Reshape", [x, sizes], f"{prefix}/{name}/Reshape")
 
-        scale = graph.constant(np.float32(size**-0.5))
+        scale = graph.constant(np.float32(self.computed.attention_scale))
         query = graph.value("Mul", [query, scale], f"{prefix}/q/Mul")
         # Rows are (head of the group, token); ONNX shapes infer the tokens, 0 keeps the batch.
         query = reshape(query, [0, shared, -1, size], "q")
@@ -186,7 +185,7 @@ class PortableGraph(DecoderGraph):
         fixed = graph.constant(np.array([0, shared, group, -1], np.int64))
         wide = graph.value("Concat", [fixed, total], f"{prefix}/scores/Concat", axis=0)
         scores = graph.value("Reshape", [scores, wide], f"{prefix}/scores/Reshape")
-        bias = self._mask_bias(window)
+        bias = self._mask_bias(layer.window)
         scores = graph.value("Add", [scores, bias], f"{prefix}/scores/Add")
         weights = graph.value("Softmax", [scores], f"{prefix}/Softmax", axis=-1)
         fixed = graph.constant(np.array([0, shared, -1], np.int64))

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from deploy.decoder_graph import packed_name
 from deploy.errors import ArtifactError
 from deploy.session import OnnxDecoder
 from rolora.decoder import BlockNames, DecoderNames
@@ -77,14 +78,15 @@ def find_probes(graph: onnx.GraphProto, names: DecoderNames) -> Probes:
             streams[f"{layer}.{part}"] = node.input[1]
         for fqns in _products(nodes, block):
             readers = next(group for group in block.shared_inputs() if fqns[0] in group)
-            linears.append(_linear(nodes, str(layer), fqns, readers[0]))
-    linears.append(_linear(nodes, HEAD, (names.head,), names.head))
+            name = fqns[0] if len(fqns) == 1 else packed_name(block)
+            linears.append(_linear(nodes, str(layer), fqns, name, readers[0]))
+    linears.append(_linear(nodes, HEAD, (names.head,), names.head, names.head))
     return Probes(streams, tuple(linears))
 
 
 def _products(nodes: dict[str, onnx.NodeProto], block: BlockNames) -> Iterator[tuple[str, ...]]:
     """Yield the linears of a block, those in one product together."""
-    packed = f"{block.query.rpartition('.')[0]}.qkv"
+    packed = packed_name(block)
     if any(f"{packed}/{product}" in nodes for product in PRODUCTS):
         yield block.query, block.key, block.value
     else:
@@ -93,10 +95,9 @@ def _products(nodes: dict[str, onnx.NodeProto], block: BlockNames) -> Iterator[t
 
 
 def _linear(
-    nodes: dict[str, onnx.NodeProto], layer: str, fqns: tuple[str, ...], reader: str
+    nodes: dict[str, onnx.NodeProto], layer: str, fqns: tuple[str, ...], name: str, reader: str
 ) -> LinearProbe:
-    """Find one product; `reader` is the first of the linears that share its input."""
-    name = fqns[0] if len(fqns) == 1 else f"{fqns[0].rpartition('.')[0]}.qkv"
+    """Find a product by its name; `reader` is the first of the linears that share its input."""
     own = [nodes[f"{name}/{product}"] for product in PRODUCTS if f"{name}/{product}" in nodes]
     if not own:
         raise _missing(f"{name}/{PRODUCTS[0]}")

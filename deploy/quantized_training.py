@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 
 from deploy.architecture import decoder_names
 from deploy.checkpoint import Checkpoint
-from deploy.errors import ArtifactError, ConfigError
+from deploy.conventions import conventions
+from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import LoadedModel
 from deploy.rotate import rotate_model
 from reslora.attach import attach_adapters
@@ -140,6 +141,18 @@ def build_aware_model(
         ArtifactError: The start does not fit the model.
     """
     names = decoder_names(loaded.model.config)
+    if conventions(loaded.model.config).logit_cap is not None:
+        raise UnsupportedModelError(
+            f"{loaded.name}: caps its logits by a tanh (final_logit_softcapping), and quantization-"
+            f"aware training computes its loss at the head without one; train it on float weights, "
+            f"without --start"
+        )
+    if names.post_norm is not None and start.rotation is not None and start.rotation.r1:
+        raise UnsupportedModelError(
+            f"{start.directory}: puts R1 on at run time, in front of the head too, and training in "
+            f"the rounding computes its loss at the head without it; quantize the start with "
+            f"--rotate r2,r4"
+        )
     try:
         require_inside_weight(config)
     except ValueError as error:

@@ -18,7 +18,7 @@ def rotate_model(
     plan: RotationPlan,
     only: Container[str] | None = None,
 ) -> None:
-    """Untie the head, fold the norms and fuse a rotation, in place; R4's online half is not set.
+    """Untie the head, fold the norms and fuse a rotation, in place; online halves are not set.
 
     Args:
         loaded: The model.

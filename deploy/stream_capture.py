@@ -42,11 +42,17 @@ def capture(
         if isinstance(module, QuantizedLinear) and not module.activation.is_float:
             found[fqn] = module.quantize_input(x.reshape(-1, x.shape[-1]).float()).q.numpy()
 
-    places = {EMBEDDING: checkpoint.names.embedding}
+    places = {}
     for layer, block in enumerate(checkpoint.names.blocks):
-        places[f"{layer}.{ATTENTION}"] = block.output.rpartition(".")[0]
-        places[f"{layer}.{MLP}"] = block.down.rpartition(".")[0]
+        attention, mlp = (fqn.rpartition(".")[0] for fqn in (block.output, block.down))
+        places[f"{layer}.{ATTENTION}"] = block.attention_post_norm or attention
+        places[f"{layer}.{MLP}"] = block.mlp_post_norm or mlp
+    first_norm = model.get_submodule(checkpoint.names.blocks[0].attention_norm)
     with ExitStack() as hooks:
+        hook = first_norm.register_forward_pre_hook(
+            lambda _module, inputs: keep(EMBEDDING, inputs[0])
+        )
+        hooks.callback(hook.remove)
         for key, fqn in places.items():
             hook = model.get_submodule(fqn).register_forward_hook(
                 lambda _module, _inputs, output, key=key: keep(key, output)

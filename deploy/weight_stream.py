@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 
 from deploy.architecture import decoder_names
 from deploy.checkpoint import restore_buffers
@@ -30,6 +30,7 @@ from deploy.loading import (
     refuse_departures,
 )
 from deploy.model_location import LocatedModel
+from deploy.module_layout import empty_decoder, own_places, to_our_layout
 from deploy.weight_files import CONFIG_NAME, digest_files
 from rolora.fold import chunk_rows
 
@@ -49,6 +50,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """As safetensors spells it."""
+    first_row: int = 0
+    """Where it begins in a tensor of the file that holds the rows of others too."""
+
+    @property
+    def rows(self) -> slice:
+        """Its rows in the tensor of the file."""
+        return slice(self.first_row, self.first_row + self.shape[0])
 
 
 class WeightReader:
@@ -69,7 +77,7 @@ class WeightReader:
         """Return one tensor, float32."""
         stored = self._tensors[name]
         with safe_open(stored.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored.key).to(torch.float32, copy=True)
+            tensor: Tensor = file.get_slice(stored.key)[stored.rows].to(torch.float32, copy=True)
         return tensor
 
     def rows(self, name: str) -> Iterator[Tensor]:
@@ -78,8 +86,10 @@ class WeightReader:
         step = chunk_rows(stored.shape[1])
         with safe_open(stored.path, framework="pt") as file:
             table = file.get_slice(stored.key)
-            for start in range(0, stored.shape[0], step):
-                yield table[start : start + step].to(torch.float32, copy=True)
+            rows = stored.rows
+            for start in range(rows.start, rows.stop, step):
+                chunk = table[start : min(start + step, rows.stop)]
+                yield chunk.to(torch.float32, copy=True)
 
     def refuse_non_finite(self, where: str) -> None:
         """Refuse NaN and infinite weights, before any work is spent on a model that has them.
@@ -120,17 +130,16 @@ def open_weight_stream(located: LocatedModel) -> tuple[LoadedModel, WeightReader
         config = call_loader(where, AutoConfig.from_pretrained, directory)
         names = decoder_names(config)
         config.dtype = torch.float32
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", dtype=torch.float32
-            )
+        model = empty_decoder(config, torch.float32)
         if (directory / "generation_config.json").is_file():
             model.generation_config = call_loader(
                 where, GenerationConfig.from_pretrained, directory
             )
     stored = _stored_tensors(files)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
+    places = own_places(config)
+    own_embedding, _ = places.get(names.embedding, (names.embedding, None))
+    embedding, head = f"{own_embedding}.weight", f"{names.head}.weight"
     tied = model.get_parameter(head) is model.get_parameter(embedding)
     if embedding not in stored or (tied and head in stored):
         return None
@@ -139,7 +148,8 @@ def open_weight_stream(located: LocatedModel) -> tuple[LoadedModel, WeightReader
     if tied:
         stored[head] = stored[embedding]
     refuse_departures(where, _departures(expected, stored))
-    reader = WeightReader(stored)
+    to_our_layout(model)
+    reader = WeightReader(_in_our_layout(stored, places))
     reader.refuse_non_finite(where)
     restore_buffers(model, config)
     tokenizer = load_local_tokenizer(directory)
@@ -164,6 +174,20 @@ def _stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
                     shape = tuple(view.get_shape())
                     found[key] = StoredTensor(path, key, shape, view.get_dtype())
     return found
+
+
+def _in_our_layout(
+    stored: Mapping[str, StoredTensor], places: Mapping[str, tuple[str, slice]]
+) -> dict[str, StoredTensor]:
+    """Put the parts of joined tensors in the place of those."""
+    tensors = dict(stored)
+    for fqn, (own, rows) in places.items():
+        for leaf in ("weight", "bias"):
+            if joined := stored.get(f"{own}.{leaf}"):
+                tensors.pop(f"{own}.{leaf}", None)
+                shape = (rows.stop - rows.start, *joined.shape[1:])
+                tensors[f"{fqn}.{leaf}"] = replace(joined, shape=shape, first_row=rows.start)
+    return tensors
 
 
 def _departures(

@@ -8,7 +8,7 @@ that it will see in the quantized model; one that moves on before shows those of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,7 @@ class Moments:
 
 
 class _Captured(Exception):
-    """The inputs of the first block are known."""
+    """The inputs of all blocks are known."""
 
 
 class BlockStream:
@@ -97,26 +97,30 @@ class BlockStream:
         self._model = model
         self.states: list[Tensor] = []
         """float32 [batch, tokens, hidden_size] each."""
-        self._options: list[dict[str, Any]] = []
-        first = model.get_submodule(block_fqn(names.blocks[0]))
-        handle = first.register_forward_pre_hook(self._capture, with_kwargs=True)
+        self._options: dict[str, list[dict[str, Any]]] = {}
+        """By block, one entry a batch: masks and rotary embeddings, which layers may have of their
+        own. Layers that have the same share its tensors."""
+        fqns = [block_fqn(block) for block in names.blocks]
         own = model.get_submodule(names.embedding)
-        try:
-            with _in_place_of(model, names.embedding, embedding or own), torch.inference_mode():
-                for batch in batches:
-                    try:
-                        model(**batch)
-                    except _Captured:
-                        continue
-        finally:
-            handle.remove()
+        with ExitStack() as stack:
+            stack.enter_context(_in_place_of(model, names.embedding, embedding or own))
+            for fqn in fqns:
+                stand_in = _StandIn(partial(self._capture, fqn, last=fqn == fqns[-1]))
+                stack.enter_context(_in_place_of(model, fqn, stand_in))
+            stack.enter_context(torch.inference_mode())
+            for batch in batches:
+                try:
+                    model(**batch)
+                except _Captured:
+                    continue
 
-    def _capture(
-        self, _module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        self.states.append(inputs[0])
-        self._options.append(options | {"past_key_values": None, "use_cache": False})
-        raise _Captured
+    def _capture(self, fqn: str, state: Tensor, options: dict[str, Any], *, last: bool) -> None:
+        self._options.setdefault(fqn, []).append(
+            options | {"past_key_values": None, "use_cache": False}
+        )
+        if last:
+            self.states.append(state)
+            raise _Captured
 
     def moments(self, block: BlockNames, fqn: str, others: Sequence[Tensor]) -> Moments:
         """Return the second moments of a linear's input.
@@ -183,11 +187,12 @@ class BlockStream:
         return inputs_of
 
     def _run(self, block: BlockNames) -> list[Tensor]:
-        module = self._model.get_submodule(block_fqn(block))
+        fqn = block_fqn(block)
+        module, batches = self._model.get_submodule(fqn), self._options.get(fqn, [])
         with torch.inference_mode():
             outputs = [
                 module(state, **options)
-                for state, options in zip(self.states, self._options, strict=True)
+                for state, options in zip(self.states, batches, strict=True)
             ]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
@@ -199,6 +204,18 @@ def rows_of(x: Tensor) -> Tensor:
 
 def _keeper(found: list[Tensor]) -> Callable[[Tensor], None]:
     return lambda x: found.append(rows_of(x).clone())
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a block: tells what comes in, and gives the hidden states on."""
+
+    def __init__(self, capture: Callable[[Tensor, dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._capture = capture
+
+    def forward(self, state: Tensor, **options: Any) -> Tensor:
+        self._capture(state, options)
+        return state
 
 
 def block_fqn(block: BlockNames) -> str:

@@ -42,6 +42,10 @@ class BlockNames:
     up: str
     down: str
     """Linear that writes the MLP result back to the residual stream."""
+    attention_post_norm: str | None = None
+    """RMSNorm between `output` and the residual stream, where there is one."""
+    mlp_post_norm: str | None = None
+    """RMSNorm between `down` and the residual stream, where there is one."""
 
     def linears(self) -> tuple[str, ...]:
         """Return the FQNs of the block's linears in the order in which data meets them."""
@@ -70,6 +74,14 @@ class DecoderNames:
     head_dim: int
     num_heads: int
     num_key_value_heads: int
+    norm_offset: float = 0.0
+    """What an RMSNorm adds to its weight to have its gain."""
+
+    @property
+    def post_norm(self) -> str | None:
+        """The first norm that stands between a linear and the residual stream, if any does."""
+        norms = (block.attention_post_norm or block.mlp_post_norm for block in self.blocks)
+        return next(filter(None, norms), None)
 
     def linears(self) -> Iterator[str]:
         """Yield the FQNs of all block linears in depth order (the head is not among them)."""

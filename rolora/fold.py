@@ -54,7 +54,8 @@ def fold_norm_gains(
 ) -> None:
     """Move the gain of every norm that a linear reads into that linear, and set the gain to 1.
 
-    Norms of query and key heads (Qwen3) stay: no rotation passes through them.
+    Norms of query and key heads (Qwen3) stay, and norms behind `output` and `down` (Gemma), which
+    no linear reads: no rotation passes through them.
 
     Args:
         model: Changed in place.
@@ -78,7 +79,7 @@ def fold_norm_gains(
         )
     with torch.no_grad():
         for norm_fqn, fqn in pairs:
-            gain, weight = _gain(model, norm_fqn), model.get_parameter(f"{fqn}.weight")
+            gain, weight = norm_gain(model, names, norm_fqn), model.get_parameter(f"{fqn}.weight")
             if weight.shape[1] != gain.shape[0]:
                 raise ValueError(
                     f"{fqn}: expected {gain.shape[0]} inputs, the size of {norm_fqn}, "
@@ -91,16 +92,16 @@ def fold_norm_gains(
                         f"in {weight.dtype}; load the model in float32 and check its weights"
                     )
         for norm_fqn, fqn in pairs:
-            gain, weight = _gain(model, norm_fqn), model.get_parameter(f"{fqn}.weight")
+            gain, weight = norm_gain(model, names, norm_fqn), model.get_parameter(f"{fqn}.weight")
             for rows in row_chunks(weight):
                 weight[rows] = (weight[rows].double() * gain).to(weight.dtype)
         for norm_fqn in dict(pairs):
-            model.get_parameter(f"{norm_fqn}.weight").fill_(1.0)
+            model.get_parameter(f"{norm_fqn}.weight").fill_(1.0 - names.norm_offset)
 
 
 def norm_gains(model: PreTrainedModel, names: DecoderNames) -> dict[str, tuple[str, Tensor]]:
     """Return for each linear that reads a norm the norm's FQN and gain, float64 [hidden_size]."""
-    return {fqn: (norm, _gain(model, norm)) for norm, fqn in norms_and_readers(names)}
+    return {fqn: (norm, norm_gain(model, names, norm)) for norm, fqn in norms_and_readers(names)}
 
 
 def row_chunks(weight: Tensor) -> Iterator[slice]:
@@ -134,12 +135,16 @@ def norms_and_readers(
         yield names.final_norm, names.head
 
 
-def _gain(model: PreTrainedModel, norm_fqn: str) -> Tensor:
-    """Return the gain in float64, [hidden_size]."""
+def norm_gain(model: PreTrainedModel, names: DecoderNames, norm_fqn: str) -> Tensor:
+    """Return the gain of a norm, float64 [hidden_size].
+
+    Raises:
+        ValueError: It has a bias, so that it is no RMSNorm.
+    """
     norm = model.get_submodule(norm_fqn)
     if getattr(norm, "bias", None) is not None:
         raise ValueError(
             f"{norm_fqn}: expected an RMSNorm, got a norm with a bias (LayerNorm); "
             f"its mean and bias do not commute with a rotation"
         )
-    return norm.get_parameter("weight").detach().double()
+    return norm.get_parameter("weight").detach().double() + names.norm_offset

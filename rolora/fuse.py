@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rolora.decoder import DecoderNames
-from rolora.fold import norms_and_readers, row_chunks
+from rolora.fold import norm_gain, norms_and_readers, row_chunks
 from rolora.kronecker import Rotation
 from rolora.rotation import Application, RotationName, RotationPlan, Side, applications
 
@@ -227,8 +227,7 @@ def _check_gains_folded(
     model: PreTrainedModel, names: DecoderNames, only: Container[str] | None
 ) -> None:
     for fqn in dict(norms_and_readers(names, only)):
-        gain = model.get_parameter(f"{fqn}.weight")
-        if not bool((gain == 1).all()):
+        if not bool((norm_gain(model, names, fqn) == 1).all()):
             raise ValueError(f"{fqn}: expected a gain of 1, got others; call fold_norm_gains first")
 
 

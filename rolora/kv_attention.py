@@ -1,7 +1,8 @@
 """Where the codec of the key-value cache acts in torch: in attention, behind the rotary embedding.
 
 transformers lets a model name its attention function. Ours passes queries, keys and values through
-the codec that stands on the attention module, then calls scaled-dot-product attention. The cache
+the codec that stands on the attention module, then calls scaled-dot-product attention, or computes
+scores with a cap by itself, which that knows nothing of. The cache
 object of transformers keeps float keys as they came; they are rotated and rounded whenever they are
 read, which gives the same numbers with a cache as without, and saves no memory.
 """
@@ -21,8 +22,9 @@ from rolora.block_stream import BlockStream, KnownRows, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_cache import CacheCodec, CacheRecorder
 
-ATTENTION_NAME = "rolora_sdpa"
-"""Under which transformers knows our attention function."""
+ATTENTION_NAME = "rolora_cache"
+"""Under which transformers knows our attention function; one with "sdpa" in it would be refused
+for models that cap their scores."""
 CODEC_NAME = "kv_cache"
 """Attribute of an attention module that holds its codec."""
 _STATES = "cache"
@@ -30,8 +32,8 @@ _STATES = "cache"
 
 
 def attention_fqn(block: BlockNames) -> str:
-    """Return the FQN of the module that holds a block's query, key, value and output."""
-    return block.query.rpartition(".")[0]
+    """Return the FQN of the module that computes a block's attention."""
+    return block.output.rpartition(".")[0]
 
 
 def install_codecs(
@@ -40,7 +42,7 @@ def install_codecs(
     """Give every attention module its codec, and let the model attend through them.
 
     Args:
-        model: A decoder that attends by `sdpa`.
+        model: A decoder that attends by `sdpa` or `eager`.
         names: Its parts.
         codecs: One per block, in order.
 
@@ -56,13 +58,13 @@ def use_codecs(model: PreTrainedModel) -> None:
     """Make a model attend through the codecs of its attention modules; those without pass on.
 
     Raises:
-        ValueError: The model attends by something else than `sdpa`.
+        ValueError: The model attends by something else than `sdpa` or `eager`.
     """
     current = model.config._attn_implementation
-    if current not in ("sdpa", ATTENTION_NAME):
+    if current not in ("sdpa", "eager", ATTENTION_NAME):
         raise ValueError(
-            f"attention: expected a model with attn_implementation 'sdpa', got {current!r}; load "
-            f"it with that one"
+            f"attention: expected a model with attn_implementation 'sdpa' or 'eager', got "
+            f"{current!r}; load it with one of these"
         )
     model.set_attn_implementation(ATTENTION_NAME)
 
@@ -74,7 +76,8 @@ class CacheWalk:
     blocks behind see those in front as they are, with quantized linears but a float cache.
 
     Args:
-        model: A float or quantized decoder that attends by `sdpa`, online rotations installed.
+        model: A float or quantized decoder that attends by `sdpa` or `eager`, online rotations
+            installed.
         names: Its parts.
         bits: 4 or 8.
         rotation: R3, float32 [head_dim, head_dim], or None.
@@ -103,7 +106,7 @@ class CacheWalk:
             embedding: What takes the embedding's place; None is the model's own, now in memory.
 
         Raises:
-            ValueError: The model attends by something else than `sdpa`.
+            ValueError: The model attends by something else.
         """
         use_codecs(self._model)
         self._stream = BlockStream(self._model, self._names, self._batches, embedding)
@@ -196,10 +199,41 @@ def _attend(
     codec = getattr(module, CODEC_NAME, None)
     if codec is not None:
         query, key, value = codec(query, key, value)
+    cap, scale = options.pop("softcap", None), options.get("scaling")
+    if cap is not None:
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        return _attend_capped(query, key, value, attention_mask, scale, float(cap)), None
     attended: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options
     )
     return attended
+
+
+def _attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float
+) -> Tensor:
+    """Attend with scores s that are c tanh(s / c) in front of the mask, which sdpa cannot.
+
+    Args:
+        query: float [B, heads, S, n].
+        key: float [B, kv_heads, T, n].
+        value: As key.
+        mask: bool [B, 1, S, T], True where a token is attended to; None is causal.
+        scale: Factor of the products.
+        cap: c.
+
+    Returns:
+        float [B, S, heads, n].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    scores = cap * torch.tanh(query @ key.mT * scale / cap)
+    if mask is None:
+        new, total = scores.shape[-2:]
+        mask = torch.ones(new, total, dtype=torch.bool, device=scores.device).tril(total - new)
+    # not -inf: a padding token that sees nothing must not become NaN
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)

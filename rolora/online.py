@@ -1,4 +1,4 @@
-"""The online half of R4: rotate the input of every down projection at run time.
+"""The online halves of R4 and, in some decoders, R1: rotate the input of a linear at run time.
 
 The other half, the inverse in the weight, is in the same table (`applications`) and fused by
 `fuse_rotations`. With R = left (x) right a vector x, read as a matrix X [l, r], becomes
@@ -22,12 +22,9 @@ class OnlineRotation(nn.Module):
     """Rotate the last dimension by R = left (x) right.
 
     Args:
-        rotation: Without signs of its own, as R4 is drawn.
+        rotation: R4, or R1 where it is online.
         dtype: Of the two matrices and of the computation, float32 or float64.
         device: Where the matrices are kept.
-
-    Raises:
-        ValueError: The rotation has signs.
 
     Equivalent to:
         `x @ rotation.dense()`
@@ -35,6 +32,8 @@ class OnlineRotation(nn.Module):
 
     left: Tensor
     right: Tensor
+    signs: Tensor | None
+    """Floating [l, r], for a rotation that has signs in front of the two matrices."""
 
     def __init__(
         self,
@@ -43,17 +42,18 @@ class OnlineRotation(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        if rotation.signs is not None:
-            raise ValueError(
-                f"online rotation of size {rotation.size}: expected signs drawn per factor, got "
-                f"one vector of signs; use the R4 of a RotationPlan"
-            )
         self.register_buffer("left", rotation.left.to(device, dtype), persistent=False)
         self.register_buffer("right", rotation.right.to(device, dtype), persistent=False)
+        signs = rotation.signs
+        if signs is not None:
+            signs = signs.to(device, dtype).reshape(rotation.left.shape[0], -1)
+        self.register_buffer("signs", signs, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate x [..., l * r]; computes in the dtype of the matrices, returns the dtype of x."""
         groups = x.reshape(*x.shape[:-1], self.left.shape[0], self.right.shape[0]).to(self.left)
+        if self.signs is not None:
+            groups = groups * self.signs
         groups = self.left.T @ (groups @ self.right)  # [l, l] x ([..., l, r] x [r, r])
         return groups.reshape(x.shape).to(x)
 
@@ -61,7 +61,7 @@ class OnlineRotation(nn.Module):
 def install_online_rotations(
     model: nn.Module, plan: RotationPlan, names: DecoderNames
 ) -> list[RemovableHandle]:
-    """Rotate the input of every module that the table marks as online (R4; R3 is in `attention`).
+    """Rotate the input of every module that the table marks as online (R4, R1; R3 is elsewhere).
 
     The hook goes on the outermost module under the name. So attach adapters first: then both the
     base weight and `lora_A` see the rotated input. A hook on a linear that is wrapped later would
@@ -69,7 +69,7 @@ def install_online_rotations(
 
     Args:
         model: A decoder, or a PEFT model around it, already fused.
-        plan: The rotation it was fused with; without R4 nothing is installed.
+        plan: The rotation it was fused with; without one of these nothing is installed.
         names: Parts of the decoder.
 
     Returns:
@@ -98,6 +98,14 @@ def install_online_rotations(
         online = _match_module(plan.find(entry.rotation, entry.layer), module)
         handles.append(module.register_forward_pre_hook(_RotateInput(online)))
     return handles
+
+
+def rotated_input(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what a module's online rotation makes of an input; the input where it has none."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _RotateInput):
+            x = hook.rotation(x)
+    return x
 
 
 class _RotateInput:

@@ -15,6 +15,7 @@ from rolora.fold import row_chunks
 from rolora.gptq import Gptq, GptqResult
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.online import rotated_input
 from rolora.quantize import (
     LayerError,
     float_linear,
@@ -270,10 +271,11 @@ class QuantizationWalk:
         if plan.observed not in self._static:
             return self._known
         norm = self._model.get_submodule(self._names.final_norm)
+        head = self._model.get_submodule(self._names.head)
         observer = RangeObserver()
         with torch.inference_mode():
             for state in self._streams[FLOAT].states:
-                observer.update_from(plan.fqn, norm(state))
+                observer.update_from(plan.fqn, rotated_input(head, norm(state)))
         return {plan.observed: observer}
 
 

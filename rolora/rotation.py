@@ -8,6 +8,12 @@ that a module puts on its output is undone at the input of every module that rea
     R3  queries and keys put on at run time behind the rotary embedding; undone by their product
     R4  MLP activation   put on at run time in front of down; down undoes it in its weight
 
+R1 asks that nothing but a linear writes the residual stream. Where a norm does (Gemma), its gains
+stand between the linear and the stream, and no rotation in front passes them. There the stream
+stays as it is, and R1 is put on at run time in front of the linears that read it, like R4::
+
+    R1  normed stream    put on in front of q, k, v, gate, up, head, which undo it in their weights
+
 R2 passes through attention because attention only averages the value vectors of one head over
 positions; query heads that share a key-value head share its R2. R3 is the same for every head and
 layer; it helps only a quantized KV cache, so it is not among `DEFAULT_ROTATIONS`.
@@ -97,8 +103,8 @@ class Application:
     inverse: bool
     """True where the module undoes the rotation of what it reads."""
     online: bool
-    """True for a rotation at run time, False for one in the weight: in front of the module (R4), or
-    behind it and the rotary embedding (R3)."""
+    """True for a rotation at run time, False for one in the weight: in front of the module (R4, and
+    R1 where a norm writes the residual stream), or behind it and the rotary embedding (R3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,7 +343,11 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
     """
     _check_sizes(plan, names)
     r1, r2, r3, r4 = RotationName
+    rotates_stream = names.post_norm is None
+    # What no linear can put on: it acts behind a product or a norm.
+    at_run_time = {r3, r4} if rotates_stream else {r1, r3, r4}
     table = [Application(names.embedding, Side.OUTPUT, r1, None, inverse=False, online=False)]
+    table = table if rotates_stream else []
     for layer, block in enumerate(names.blocks):
         rows = (
             (block.query, Side.INPUT, r1),
@@ -354,12 +364,16 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
             (block.down, Side.OUTPUT, r1),
         )
         for fqn, side, rotation in rows:
-            if rotation in (r3, r4):  # no linear can put it on: it acts behind a product
+            undoes = side is Side.INPUT
+            if rotation is r1 and not undoes and not rotates_stream:
+                continue
+            if rotation in at_run_time:
                 table.append(Application(fqn, side, rotation, layer, inverse=False, online=True))
             if rotation is r3:
                 continue
-            undoes = side is Side.INPUT
             table.append(Application(fqn, side, rotation, layer, inverse=undoes, online=False))
+    if not rotates_stream:
+        table.append(Application(names.head, Side.INPUT, r1, None, inverse=False, online=True))
     table.append(Application(names.head, Side.INPUT, r1, None, inverse=True, online=False))
     return [application for application in table if application.rotation in plan.names]
 

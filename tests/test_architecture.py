@@ -30,7 +30,7 @@ TORCH_FREE = (
     "deploy.run",
 )
 MODULE_NAMES = re.compile(
-    r"\b([qkvo]_proj|gate_proj|up_proj|down_proj|[qk]_norm|input_layernorm|post_attention_layernorm"
+    r"\b([qkvo]_proj|qkv_proj|gate_proj|gate_up_proj|up_proj|down_proj|[qk]_norm|input_layernorm|post_attention_layernorm"
     r"|embed_tokens|lm_head|self_attn"
     r"|attention\.(self|output)|(intermediate|output)\.dense)\b"
 )

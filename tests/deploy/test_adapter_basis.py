@@ -13,12 +13,14 @@ from torch import Tensor
 
 from deploy.adapter_basis import draw_adapter_basis, to_original_basis
 from deploy.architecture import decoder_names
+from deploy.module_layout import to_our_layout
 from reslora.adapter import Adapter
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod, merge_adapter
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.fuse import fuse_rotations, unrotate_factors
+from rolora.kv_attention import use_codecs
 from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 from tests.conftest import build_tiny_model
@@ -31,9 +33,13 @@ ALL = frozenset(RotationName)
 def double_model(model_type: str = "llama", *, tied: bool = False) -> Any:
     """Return a tiny model that computes in float64 throughout; transformers' norms do not."""
     model = build_tiny_model(model_type, tied=tied).double()
+    to_our_layout(model)
+    if model.config._attn_implementation == "eager":  # its softmax is of float32
+        use_codecs(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
-            norm = DoubleNorm(module.weight.shape[0], module.variance_epsilon)
+            eps = model.config.rms_norm_eps
+            norm = DoubleNorm(module.weight.shape[0], eps, decoder_names(model.config).norm_offset)
             norm.weight = module.weight
             model.set_submodule(name, norm)
     return model

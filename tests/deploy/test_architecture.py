@@ -5,38 +5,48 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
 
-from deploy.architecture import (
-    FAMILIES,
-    decoder_names,
-    qk_norms,
-    resolve_targets,
+from deploy.architecture import decoder_names, qk_norms, resolve_targets
+from deploy.conventions import (
+    LayerAttention,
+    context_length,
+    conventions,
+    rotary_size,
     sliding_window_per_layer,
 )
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.families import FAMILIES
+from deploy.module_layout import to_our_layout
+from tests.conftest import MODEL_TYPES
 
 
 def test_every_name_is_a_module_and_every_linear_and_norm_is_named(
     any_model_type: str, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     model = tiny_model(any_model_type)
+    to_our_layout(model)
     names = decoder_names(model.config)
     head_norms = [fqn for pair in qk_norms(model.config) for fqn in (pair.query, pair.key)]
     norms = [fqn for block in names.blocks for fqn in (block.attention_norm, block.mlp_norm)]
-    norms += [names.final_norm, *head_norms]
+    after = [fqn for b in names.blocks for fqn in (b.attention_post_norm, b.mlp_post_norm) if fqn]
+    norms += [names.final_norm, *head_norms, *after]
     linears = [*names.linears(), names.head]
     modules = dict(model.named_modules())
     found_linears = [fqn for fqn, module in modules.items() if isinstance(module, nn.Linear)]
     found_norms = [fqn for fqn, module in modules.items() if "RMSNorm" in type(module).__name__]
-    assert linears == found_linears
+    assert sorted(linears) == sorted(found_linears)
+    assert linears == found_linears or any_model_type == "phi3"  # which lists o in front of q, k, v
     assert sorted(norms) == sorted(found_norms)
     assert isinstance(modules[names.embedding], nn.Embedding)
 
@@ -45,6 +55,7 @@ def test_sizes_are_those_of_the_weights(
     any_model_type: str, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     model = tiny_model(any_model_type, head_dim=12)  # 4 heads of 12 are wider than hidden 32
+    to_our_layout(model)
     names = decoder_names(model.config)
     block = names.blocks[1]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -55,14 +66,51 @@ def test_sizes_are_those_of_the_weights(
     assert shapes[f"{block.down}.weight"] == (names.hidden_size, names.intermediate_size)
 
 
-def test_only_qwen3_has_qk_norms() -> None:
-    assert [name for name, family in FAMILIES.items() if family.has_qk_norms] == ["qwen3"]
+def test_few_families_have_qk_norms() -> None:
+    having = [name for name, family in FAMILIES.items() if family.has_qk_norms]
+    assert having == ["qwen3", "gemma3_text"]
     assert qk_norms(LlamaConfig()) == ()
+
+
+def test_every_family_is_tested() -> None:
+    assert tuple(FAMILIES) == MODEL_TYPES
+
+
+def test_conventions_are_read_off_the_config() -> None:
+    llama = conventions(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+    assert llama.attention_scale == 0.25
+    assert llama.attention_cap is llama.logit_cap is llama.embedding_scale is None
+    assert llama.layers == (LayerAttention(None, None),) * 2
+    gemma = conventions(Gemma2Config(hidden_size=64, num_hidden_layers=2, query_pre_attn_scalar=64))
+    assert (gemma.attention_scale, gemma.embedding_scale) == (0.125, 8.0)
+    assert (gemma.attention_cap, gemma.logit_cap) == (50.0, 30.0)
+    assert gemma.layers == (LayerAttention(4096, None), LayerAttention(None, None))
+    assert gemma.torch_attention == "eager"
+    types = ["sliding_attention", "full_attention"]
+    layers = conventions(Gemma3TextConfig(num_hidden_layers=2, layer_types=types)).layers
+    assert layers == (LayerAttention(4096, types[0]), LayerAttention(None, types[1]))
+
+
+def test_the_context_of_longrope_is_its_original_window() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = Phi3Config(
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | factors,
+    )
+    assert context_length(config) == 4096
+    assert context_length(Phi3Config(max_position_embeddings=4096)) == 4096
+    assert rotary_size(config) == 96
+
+
+def test_gemma_that_sees_what_comes_later_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention is set"):
+        decoder_names(Gemma3TextConfig(use_bidirectional_attention=True))
 
 
 def test_another_family_is_refused_naming_those_supported() -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"gpt2.*llama, mistral, qwen2, qwen3"
+        UnsupportedModelError, match=r"gpt2.*llama, mistral, qwen2, qwen3, phi3"
     ) as caught:
         decoder_names(GPT2Config())
     assert caught.value.exit_code == 5
@@ -87,7 +135,7 @@ def test_another_family_is_refused_naming_those_supported() -> None:
         ({"num_experts": 8}, "8 experts"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type is 'dynamic', expected one of default, linear, llama3, yarn",
+            "rope_type is 'dynamic', expected one of default, linear, llama3, yarn, longrope",
         ),
         ({"num_attention_heads": 32, "num_key_value_heads": 5}, "no multiple of 5"),
     ],

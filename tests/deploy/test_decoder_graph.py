@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from deploy.attention_inputs import rotary_tables
 from deploy.checkpoint import Checkpoint
 from deploy.decoder_graph import DecoderGraph
-from deploy.errors import UnsupportedModelError
+from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.parity import relative_error
 from deploy.session import GRAPH_NAME, OnnxDecoder
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
@@ -29,10 +29,28 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+}
+PART_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+GEMMA = {
+    "query_pre_attn_scalar": 40,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 16,
+}
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "llama": ("llama", "none", {"attention_bias": True, "mlp_bias": True}),
     "llama rotated, tied": ("llama", None, {"tied": True}),
     "llama rotated, llama3 rope": ("llama", None, {"rope_parameters": LLAMA3_ROPE}),
+    "llama, linear rope": (
+        "llama",
+        "none",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "llama, many heads": ("llama", "r1", {"num_key_value_heads": 4}),
     "mistral, full": ("mistral", "none", {"sliding_window": None}),
     "mistral rotated, window": ("mistral", None, {"sliding_window": 16}),
@@ -49,6 +67,37 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", "none", {"tied": True}),
     "qwen3 rotated": ("qwen3", "r1,r2,r4", {}),
+    "gemma2": ("gemma2", "none", GEMMA | {"tied": True}),
+    "gemma2 rotated": ("gemma2", None, GEMMA | {"tied": False}),
+    "gemma3": (
+        "gemma3_text",
+        "none",
+        {"query_pre_attn_scalar": 40, "sliding_window": 16, "tied": True},
+    ),
+    "gemma3 rotated, linear rope": (
+        "gemma3_text",
+        "r1,r2",
+        {
+            "sliding_window": 16,
+            "final_logit_softcapping": 30.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3, window": ("phi3", "none", {"sliding_window": 16}),
+    "phi3 rotated, longrope": (
+        "phi3",
+        None,
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48, "hidden_size": 64},
+    ),
+    "phi3 rotated, part of each head, tied": (
+        "phi3",
+        None,
+        {"rope_parameters": PART_ROPE, "tied": True, "hidden_size": 128, "head_dim": 32},
+    ),
 }
 BOUND = 1e-4
 TOKENS = 40
@@ -93,6 +142,27 @@ def test_logits_of_a_batch_equal_transformers_own_at_prefill_and_over_the_cache(
         assert relative_error(logits[row, :30], expected[row, :30]) < BOUND
         assert relative_error(logits[row, 30:], expected[row, 30:]) < BOUND
     assert relative_error(alone, expected[1]) < BOUND
+
+
+def test_prompts_of_different_lengths_go_on_as_transformers_own(case: Case) -> None:
+    """Padded on the left there, on the right here; a token of each follows over the cache."""
+    lengths = np.array([30, 19])
+    rows = [case.ids[row, : length + 1] for row, length in enumerate(lengths)]
+    longest = max(map(len, rows))
+    ids, mask = (torch.zeros(2, longest, dtype=torch.int64) for _ in range(2))
+    for row, tokens in enumerate(rows):
+        ids[row, longest - len(tokens) :] = torch.from_numpy(tokens)
+        mask[row, longest - len(tokens) :] = 1
+    with torch.inference_mode():
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        expected = case.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        decoder.start(capacity=TOKENS, batch=2)
+        prompts = decoder.append(case.ids[:, :30], lengths, last_only=True)
+        steps = decoder.append(np.stack([row[-1:] for row in rows]))
+    found = np.concatenate([prompts, steps], axis=1)
+    for row in range(2):
+        assert relative_error(found[row], expected[row, -2:].numpy()) < BOUND
 
 
 def test_a_token_changes_only_what_follows_it(case: Case) -> None:
@@ -155,7 +225,7 @@ def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=128, rope_parameters=rope
     )
-    cos, sin = rotary_tables(config, 16)
+    cos, sin = rotary_tables(config)
     assert cos.shape == sin.shape == (128, 8)
     assert cos.dtype == np.float32
     expected = LlamaRotaryEmbedding(config=config)(torch.zeros(1), torch.arange(128)[None])
@@ -163,11 +233,25 @@ def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
         np.testing.assert_allclose(found, reference[0, :, :8].numpy(), rtol=0, atol=1e-6)
 
 
+def test_longrope_is_exported_for_the_original_window_only(tmp_path: Path) -> None:
+    case = Case(tmp_path, *CASES["phi3 rotated, longrope"])
+    assert case.model.config.max_position_embeddings == 128
+    assert case.report.manifest.details["context_length"] == 48
+    ids = np.random.default_rng(1).integers(6, 262, 48)
+    with OnnxDecoder(case.export, threads=1) as decoder:
+        assert relative_error(decoder.logits(ids), case.expected(ids[None])[0]) < BOUND
+        with pytest.raises(ConfigError, match="49 tokens do not fit the context length of 48"):
+            decoder.start(capacity=49)
+    # beyond it transformers turns even the first positions otherwise
+    longer = case.expected(np.concatenate([ids, ids])[None])[0, :48]
+    assert relative_error(longer, case.expected(ids[None])[0]) > BOUND
+
+
 def test_a_head_size_that_attention_cannot_run_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     source = save_model(tmp_path / "model", head_dim=8)
     checkpoint = make_checkpoint(source, tmp_path / "checkpoint", "FP32")
-    with pytest.raises(UnsupportedModelError, match=r"head_dim is 8.*multiple of 16"):
+    with pytest.raises(UnsupportedModelError, match=r"turns 8 of the 8.*multiple of 16"):
         make_export(checkpoint, tmp_path / "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]

@@ -4,7 +4,6 @@ import pytest
 from torch import nn
 from transformers import BertConfig, LlamaConfig, RobertaConfig
 
-from deploy.architecture import ENCODER_TYPES, FAMILIES, family_of
 from deploy.encoder_architecture import (
     ENCODER_FAMILIES,
     ENCODER_HEAD,
@@ -14,6 +13,7 @@ from deploy.encoder_architecture import (
     encoder_token_limit,
 )
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.families import ENCODER_TYPES, FAMILIES, family_of
 from tests.reslora.tiny_encoder import build_encoder
 
 

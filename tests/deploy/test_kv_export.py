@@ -64,6 +64,15 @@ def test_an_eight_bit_cache_keeps_parity(
     assert report["parity"]["top1_agreement"] > 0.9
 
 
+def test_r3_stands_behind_a_rotary_embedding_of_part_of_each_head(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = save_model(tmp_path / "m", "phi3", hidden_size=128, head_dim=32, rope_parameters=rope)
+    source = make_checkpoint(model, tmp_path / "c", "FP32", kv_bits=8)
+    report = make_export(source, tmp_path / "onnx").to_dict()
+    assert report["operators"]["RotaryEmbedding"] == 2
+    assert report["parity"]["top1_agreement"] > 0.9
+
+
 def test_every_graph_of_an_integer_export_shares_the_cache(
     models: dict[str, Path], tmp_path: Path
 ) -> None:

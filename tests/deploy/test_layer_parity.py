@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.architecture import FAMILIES
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ConfigError, ParityError
+from deploy.families import FAMILIES
 from deploy.kernels import Kernel
 from deploy.layer_parity import compare_layers, report_on_export
 from deploy.layer_report import COLUMNS, LayerReport, PartParity

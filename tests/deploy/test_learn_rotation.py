@@ -284,3 +284,17 @@ def test_a_size_without_a_hadamard_matrix_is_refused(tmp_path: Path) -> None:
 def test_settings_are_plain_data(model: Path) -> None:
     config = settings_of(model).to_config()
     assert json.loads(json.dumps(config)) == config
+
+
+def test_capped_logits_are_refused_and_an_r1_at_run_time_is_learned(tmp_path: Path) -> None:
+    capped = save_model(tmp_path / "gemma2", "gemma2")
+    with pytest.raises(UnsupportedModelError, match="final_logit_softcapping"):
+        learn(capped, tmp_path / "refused")
+    other = save_model(tmp_path / "gemma3", "gemma3_text", tied=True)
+    learned = learn(other, tmp_path / "rotation")
+    quantized = checkpoint(other, tmp_path / "c", learned)
+    with Checkpoint(quantized) as opened:
+        assert opened.online_r1() is not None
+    with torch.inference_mode():
+        expected = load_model(other).model(input_ids=torch.arange(30, 70)[None]).logits
+    assert float((logits(quantized) - expected).norm() / expected.norm()) < 1e-5

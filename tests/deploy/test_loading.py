@@ -18,6 +18,7 @@ from deploy import gguf_files
 from deploy.artifact import ArtifactKind, Manifest, write_manifest
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.loading import load_model, save_tokenizer
+from deploy.module_layout import to_our_layout
 
 SaveTinyModel = Callable[..., Path]
 
@@ -49,7 +50,9 @@ def test_every_family_loads_with_the_weights_it_was_saved_with(
     directory = save_tiny_model(any_model_type, tied=tied)
     capfd.readouterr()
     loaded = load_model(directory)
-    expected = dict(tiny_model(any_model_type, tied=tied).named_parameters())
+    saved = tiny_model(any_model_type, tied=tied)
+    to_our_layout(saved)
+    expected = dict(saved.named_parameters())
     found = dict(loaded.model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
@@ -321,6 +324,14 @@ def write_gguf(path: Path, architecture: str, tensor: str = "token_embd.weight")
 def test_a_gguf_of_another_family_is_unsupported(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"gpt2\.gguf: model type 'gpt2'"):
         load_model(write_gguf(tmp_path / "gpt2.gguf", "gpt2"))
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gemma2"])
+def test_a_gguf_that_lacks_part_of_a_config_is_unsupported(model_type: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"llama, mistral, qwen2, qwen3\. .*safetensors"
+    ):
+        load_model(write_gguf(tmp_path / "model.gguf", model_type))
 
 
 def test_a_gguf_whose_rotary_scaling_would_be_lost_is_unsupported(tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def test_the_manifest_tells_the_whole_story_and_equal_runs_are_equal(
     details: Any = manifest.details
     assert details["scheme"] == "W8A8"
     assert len(details["rounding"]) == len(details["linears"]) == 15
-    assert all(0 < entry["relative_error"] < 0.02 for entry in details["rounding"].values())
+    for entry in details["rounding"].values():
+        assert 0 < entry["relative_error"] < 0.05  # what GPTQ aims at lies beside the weight
+        assert 0 < entry["output_error"] <= entry["nearest_output_error"] < 1e-3
     assert details["merge"] is not None
     assert sorted(details["rotation"]["rotations"]) == ["R1", "R2", "R4"]
     config = json.loads((tmp_path / "a" / "config.json").read_text())

@@ -15,7 +15,7 @@ import deploy.export
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
-from deploy.exact_weights import check_exact_weights, graph_name
+from deploy.exact_weights import check_exact_weights
 from deploy.parity import check_parity, relative_error
 from deploy.session import GRAPH_NAME
 from tests.deploy.tiny_artifacts import (
@@ -249,8 +249,3 @@ def test_relative_error_ignores_a_shift_per_position_and_nothing_else() -> None:
     assert relative_error(shifted, logits) < 1e-6
     centred = logits - logits.mean(axis=1, keepdims=True)
     assert relative_error(1.5 * centred, centred) == pytest.approx(0.5, rel=1e-5)
-
-
-def test_linears_that_share_an_input_have_one_name() -> None:
-    assert graph_name(("a.b.q", "a.b.k", "a.b.v")) == "a.b.qkv"
-    assert graph_name(("a.b.o",)) == "a.b.o"

@@ -227,6 +227,17 @@ def test_a_4_bit_embedding_is_for_the_cpu_alone(
     make_export(checkpoint("4-bit table"), tmp_path / "onnx", Kernel.AUTO)
 
 
+@pytest.mark.parametrize("target", [Target.QDQ, Target.CUDA])
+def test_a_family_that_computes_otherwise_is_for_the_cpu_alone(
+    target: Target, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "model", "gemma2")
+    gemma = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn", static="all")
+    with pytest.raises(UnsupportedModelError, match=f"--target {target} .*gemma2 has caps"):
+        make_export(gemma, tmp_path / "onnx", Kernel.AUTO, target)
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_layers_are_compared_in_graphs_of_the_cpu(
     export: Callable[[str, Target], Path], checkpoint: Callable[[str], Path]
 ) -> None:

@@ -82,13 +82,15 @@ class TinyDecoder:
 class DoubleNorm(nn.Module):
     """RMSNorm in the dtype of its input; the one of transformers computes in float32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        gain = self.weight + self.offset
+        return gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
 def decoder_names(config: PreTrainedConfig) -> DecoderNames:

@@ -125,7 +125,7 @@ def test_harm_is_the_squared_first_order_change_of_the_loss_by_token(decoder: An
             )
             (gradient,) = torch.autograd.grad(loss, inputs[-1])
             x = inputs[-1].detach().flatten(0, 1)
-            change = rounded_activation(x, ActivationSpec(4, Granularity.TOKEN, 0.9), None) - x
+            change = rounded_activation(x, ActivationSpec(4, Granularity.TOKEN, 0.7), None) - x
             total += float((gradient.flatten(0, 1) * change).sum(dim=1).square().sum()) / 2
             tokens += ids[:, 1:].numel()
         handle.remove()

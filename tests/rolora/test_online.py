@@ -67,10 +67,13 @@ def test_matrices_are_neither_parameters_nor_saved() -> None:
     assert online.state_dict() == {}
 
 
-def test_a_rotation_with_one_vector_of_signs_is_refused() -> None:
+def test_signs_in_front_of_the_two_matrices_are_applied() -> None:
     rotation = hadamard_rotation(random_signs(48, torch.Generator().manual_seed(0)))
-    with pytest.raises(ValueError, match=r"size 48: .*R4 of a RotationPlan"):
-        OnlineRotation(rotation)
+    x = torch.randn(3, 48, dtype=torch.float64)
+    found = OnlineRotation(rotation, torch.float64)(x)
+    torch.testing.assert_close(found, x @ rotation.dense())
+    without = OnlineRotation(Rotation(rotation.left, rotation.right), torch.float64)(x)
+    assert not torch.allclose(found, without)
 
 
 @pytest.fixture(params=RotationKind)

@@ -337,3 +337,16 @@ def test_a_plan_for_another_model_is_refused(
     other = dataclasses.replace(names, **{size: value})
     with pytest.raises(ValueError, match=message):
         applications(plan, other)
+
+
+def test_r1_acts_at_run_time_where_a_norm_writes_the_residual_stream(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, [RotationName.R1], RotationKind.ORTHOGONAL, 0)
+    assert not any(entry.online for entry in applications(plan, names))
+    blocks = [dataclasses.replace(block, mlp_post_norm="norm") for block in names.blocks]
+    table = applications(plan, dataclasses.replace(names, blocks=tuple(blocks)))
+    readers = [fqn for b in blocks for fqn in (b.query, b.key, b.value, b.gate, b.up)]
+    readers.append(names.head)
+    for online in (True, False):
+        entries = [entry for entry in table if entry.online is online]
+        assert [entry.fqn for entry in entries] == readers
+        assert all(entry.side is Side.INPUT and entry.inverse is not online for entry in entries)
