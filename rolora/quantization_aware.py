@@ -35,8 +35,12 @@ from rolora.fake_quant import fake_quantize
 from rolora.linear import QuantizedLinear
 from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
-LATENT_REACH = 0.45
-"""How far from an integer a latent weight may start, in steps; at 0.5 it would be undecided."""
+LATENT_REACH = 0.2
+"""How far from an integer a latent weight may start, in steps; at 0.5 it would be undecided.
+
+Near 0.5 the first updates turn many integers and undo what GPTQ had arranged: with 0.45 the loss of
+a W4A8 SmolLM2-135M rises in the first 20 steps, with 0.2 it falls.
+"""
 
 
 class InputQuantizer(nn.Module):
