@@ -5,9 +5,9 @@
 
 Every case is a chain: quantize with GPTQ, then train an adapter inside the rounding and pack it,
 once or more; the last checkpoint is exported and measured as `wikitext.py` does. The rows are plain
-text (`{"text": ...}`), none of it from --text; later rounds of a case take the first --later of
-them. Training learns from the float model's predictions. A round costs 6 to 8 seconds a step on one
-core; a killed one goes on with its newest training checkpoint, and finished ones are not redone.
+text (`{"text": ...}`), none of it from --text; some rounds take the first --later of them alone.
+Training learns from the float model's predictions. A round costs 6 to 8 seconds a step on one core;
+a killed one goes on with its newest training checkpoint, and finished ones are not redone.
 """
 
 from __future__ import annotations
@@ -44,11 +44,16 @@ class Round:
     steps: int
     rate: float
     rank: int
+    later: bool = False
+    """Learns from the first --later rows alone."""
+    seed: int = 0
 
 
 CASES: dict[str, tuple[str, tuple[Round, ...]]] = {
-    "w4a4": ("W4A4", (Round(500, 8e-4, 64), Round(220, 5e-4, 64))),
-    "w4a8": ("W4A8", (Round(110, 5e-4, 32),)),
+    "w4a4": ("W4A4", (Round(500, 8e-4, 64), Round(220, 5e-4, 64, later=True, seed=1))),
+    "w4a8": ("W4A8", (Round(220, 4e-4, 32), Round(110, 2.5e-4, 32, later=True, seed=1))),
+    "w6a6": ("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
+    "w8a8": ("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
 }
 """Scheme and rounds of each case; a step is two packed rows of 512 tokens."""
 
@@ -70,7 +75,7 @@ def train(arguments: argparse.Namespace) -> None:
         merge_rotate_quantize(settings, start)
         export_onnx(start, place / "onnx-0", Target.CPU)
         for number, each in enumerate(rounds, start=1):
-            data = str(arguments.rows if number == 1 else later)
+            data = str(later if each.later else arguments.rows)
             start = run_round(place, number, each, start, data)
             export_onnx(start, place / f"onnx-{number}", Target.CPU)
 
@@ -97,7 +102,7 @@ def run_round(place: Path, number: int, settings: Round, start: Path, data: str)
                 precision=Precision.BFLOAT16,
                 eval_every=0,
                 save_every=50,
-                seed=number - 1,
+                seed=settings.seed,
             ),
         ),
         adapter,
