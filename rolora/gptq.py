@@ -18,7 +18,8 @@ has x, since the layers before are rounded already. The weight that makes the mo
 
 (GPTAQ, arXiv:2504.02692, minimizes the same; here the float weight is moved before it is rounded).
 On a small calibration text W* also follows what only that text has, so the aim A goes a share of
-the way: A = W + AIM_SHARE (W* - W).
+the way: A = W + AIM_SHARE (W* - W) for weights of 4 bits. With more bits there is so little to make
+up for that the text's own noise outweighs it, and A = W.
 
 Departure: the result is kept only if its error tr((A - Q) H (A - Q)^T) is below that of W rounded
 to nearest.
@@ -39,7 +40,10 @@ _BLOCK_COLUMNS = 128
 _DAMPING = 0.01
 _DAMPING_TRIES = 4
 AIM_SHARE = 0.5
-"""Perplexity ratio of SmolLM2-135M in W4A4 on 4,096 tokens: 1.88 at 0, 1.59 at 0.5."""
+"""SmolLM2-135M in W4A4 on 4,096 tokens: 1.88 times the float perplexity at 0, 1.59 at 0.5; W8A8 on
+12,288: KL divergence 0.0043 at 0, 0.0046 at 0.5."""
+AIM_BITS = 4
+"""Most bits of a weight that aims elsewhere than at itself."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ class Gptq:
         self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         self._factor = _inverse_factor(hessian[self._order][:, self._order])
 
-    def _aim(self, weight: Tensor) -> Tensor:
+    def _aim(self, weight: Tensor, bits: int) -> Tensor:
         """Return A for a weight, float32 [out, in]."""
-        if self._drift is None:
+        if self._drift is None or bits > AIM_BITS:
             return weight
         change = weight @ self._drift
         # The factor is that of the damped inverse, and the damping pulls W* towards W.
@@ -116,7 +120,7 @@ class Gptq:
                 f"Hessian: expected [{columns}, {columns}], got {list(self._hessian.shape)}"
             )
         nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
-        weight = self._aim(weight.detach().float())
+        weight = self._aim(weight.detach().float(), spec.bits)
         wide_scale = _per_column(scale, columns)
         rounded = torch.empty_like(nearest)
         rounded[:, self._order] = _round_columns(
