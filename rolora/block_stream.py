@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -44,21 +45,23 @@ def tokens_in(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
 
 
 class Moments:
-    """Second moments of inputs x' of one model, and with those x of another, over all tokens."""
+    """Second moments of inputs x' of one model, and with inputs x of another if they are known."""
 
     def __init__(self) -> None:
         self.hessian = torch.zeros(0, 0)
         """float32 [K, K], sum of x' x'^T."""
-        self.cross = torch.zeros(0, 0)
+        self.cross: Tensor | None = None
         """float32 [K, K], sum of x x'^T."""
 
-    def add(self, own: Tensor, other: Tensor) -> None:
-        """Add tokens: x' and x, float32 [tokens, K] each."""
+    def add(self, own: Tensor, other: Tensor | None) -> None:
+        """Add tokens: x' and, for all or for none of them, x; float32 [tokens, K] each."""
+        columns = own.shape[1]
         if not self.hessian.numel():
-            columns = own.shape[1]
-            self.hessian, self.cross = torch.zeros(2, columns, columns).unbind()
+            self.hessian = torch.zeros(columns, columns)
+            self.cross = None if other is None else torch.zeros(columns, columns)
         self.hessian.addmm_(own.t(), own)
-        self.cross.addmm_(other.t(), own)
+        if self.cross is not None and other is not None:
+            self.cross.addmm_(other.t(), own)
 
     def require_any(self, fqn: str) -> None:
         """Refuse moments of nothing.
@@ -122,7 +125,7 @@ class BlockStream:
             self.states.append(state)
             raise _Captured
 
-    def moments(self, block: BlockNames, fqn: str, others: Sequence[Tensor]) -> Moments:
+    def moments(self, block: BlockNames, fqn: str, others: Sequence[Tensor] | None) -> Moments:
         """Return the second moments of a linear's input.
 
         Online rotations are hooks that were registered earlier, so the input is seen after them.
@@ -130,13 +133,13 @@ class BlockStream:
         Args:
             block: The current one.
             fqn: The linear.
-            others: Its inputs in another model, from `advance`.
+            others: Its inputs in another model, from `advance`; None leaves cross moments out.
 
         Raises:
             ValueError: No input reached it; the message names it.
         """
         moments = Moments()
-        remaining = iter(others)
+        remaining = repeat(None) if others is None else iter(others)
 
         def observe(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             moments.add(rows_of(inputs[0]), next(remaining))

@@ -62,6 +62,11 @@ class GptqResult:
     """tr(A H A^T), the weight of these errors among those of other rows."""
 
 
+def aims_elsewhere(spec: WeightSpec) -> bool:
+    """Return whether a weight aims at more than itself, for which it needs cross moments."""
+    return spec.bits <= AIM_BITS
+
+
 class Gptq:
     """Rounds the rows of weights that read one input, which is factorized once.
 
@@ -92,9 +97,9 @@ class Gptq:
         self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         self._factor = _inverse_factor(hessian[self._order][:, self._order])
 
-    def _aim(self, weight: Tensor, bits: int) -> Tensor:
+    def _aim(self, weight: Tensor, spec: WeightSpec) -> Tensor:
         """Return A for a weight, float32 [out, in]."""
-        if self._drift is None or bits > AIM_BITS:
+        if self._drift is None or not aims_elsewhere(spec):
             return weight
         change = weight @ self._drift
         # The factor is that of the damped inverse, and the damping pulls W* towards W.
@@ -120,7 +125,7 @@ class Gptq:
                 f"Hessian: expected [{columns}, {columns}], got {list(self._hessian.shape)}"
             )
         nearest, scale = quantize_weight(weight, spec, clip_search=clip_search)
-        weight = self._aim(weight.detach().float(), spec.bits)
+        weight = self._aim(weight.detach().float(), spec)
         wide_scale = _per_column(scale, columns)
         rounded = torch.empty_like(nearest)
         rounded[:, self._order] = _round_columns(

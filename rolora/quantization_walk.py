@@ -12,7 +12,7 @@ from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_m
 from rolora.calibration import RangeObserver
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.fold import row_chunks
-from rolora.gptq import Gptq, GptqResult
+from rolora.gptq import Gptq, GptqResult, aims_elsewhere
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import rotated_input
@@ -48,7 +48,8 @@ class QuantizationWalk:
 
     - of the float model, whose ranges become the static scales that are not known yet (no forward
       pass of the whole model is needed, and the scales are those that one would give);
-    - of both models, for GPTQ, which also makes up for what the layers before were rounded by.
+    - of the quantized model, for GPTQ; and of the float one where the weights make up for what the
+      layers before were rounded by.
 
     Args:
         model: A float32 decoder with an untied head; norms may or may not be folded. Online
@@ -132,17 +133,17 @@ class QuantizationWalk:
         """
         observers = {fqn: RangeObserver() for fqn in block.linears() if fqn in self._static}
         stream = self._streams.get(QUANTIZED)
-        with_gptq = [] if stream is None else self._calibrated_inputs(block)
         float_inputs: dict[str, list[Tensor]] = {}
         if FLOAT in self._streams:
-            float_inputs = self._streams[FLOAT].advance(block, observers, with_gptq)
+            aimed = self._aimed_inputs(block)
+            float_inputs = self._streams[FLOAT].advance(block, observers, aimed)
         known = {**self._known, **observers}
         errors: list[LayerError] = []
         for readers in block.shared_inputs():
             plans = [self._plans[fqn] for fqn in readers if fqn in self._plans]
             gptq = None
-            if stream is not None and readers[0] in float_inputs:
-                moments = stream.moments(block, readers[0], float_inputs.pop(readers[0]))
+            if stream is not None and any(map(self.quantizes, readers)):
+                moments = stream.moments(block, readers[0], float_inputs.pop(readers[0], None))
                 gptq = _factorized(moments, readers[0])
             for plan in plans:
                 errors.append(quantize_linear(self._model, plan, self._recipe, gptq, known))
@@ -229,7 +230,7 @@ class QuantizationWalk:
 
     def _open_streams(self, tokens: Tensor, float_rows: Tensor, seen_rows: Tensor) -> None:
         with_gptq = self._recipe.weights is WeightMethod.GPTQ
-        if self._static or with_gptq:
+        if self._static or any(map(self._aims, self._plans)):
             self._streams[FLOAT] = self._stream(tokens, float_rows)
         if with_gptq:
             self._streams[QUANTIZED] = self._stream(tokens, seen_rows)
@@ -249,20 +250,26 @@ class QuantizationWalk:
         except ValueError as error:
             raise ValueError(f"{fqn}: {error}") from error
 
-    def _calibrated_inputs(self, block: BlockNames) -> list[str]:
-        """Return the linears that stand for the inputs of weights that GPTQ rounds."""
-        return [
-            readers[0] for readers in block.shared_inputs() if any(map(self.quantizes, readers))
-        ]
+    def _aims(self, fqn: str) -> bool:
+        """Return whether GPTQ needs to know the float model's input of a linear."""
+        with_gptq = self._recipe.weights is WeightMethod.GPTQ
+        return with_gptq and fqn in self._plans and aims_elsewhere(self._plans[fqn].weight)
+
+    def _aimed_inputs(self, block: BlockNames) -> list[str]:
+        """Return the linears that stand for inputs of which GPTQ needs the float model's too."""
+        return [readers[0] for readers in block.shared_inputs() if any(map(self._aims, readers))]
 
     def _head_moments(self) -> Moments:
-        """Return the second moments of the normed states, of the quantized and the float model."""
+        """Return the second moments of what the head reads."""
         norm = self._model.get_submodule(self._names.final_norm)
         moments = Moments()
-        streams = (self._streams[name].states for name in (QUANTIZED, FLOAT))
+        own_states = self._streams[QUANTIZED].states
+        others: Sequence[Tensor | None] = [None] * len(own_states)
+        if self._aims(self._names.head):
+            others = self._streams[FLOAT].states
         with torch.inference_mode():
-            for own, other in zip(*streams, strict=True):
-                moments.add(rows_of(norm(own)), rows_of(norm(other)))
+            for own, other in zip(own_states, others, strict=True):
+                moments.add(rows_of(norm(own)), None if other is None else rows_of(norm(other)))
         moments.require_any(self._names.head)
         return moments
 
