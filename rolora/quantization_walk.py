@@ -19,6 +19,7 @@ from rolora.online import rotated_input
 from rolora.quantize import (
     LayerError,
     float_linear,
+    naming,
     quantize_linear,
     relative_error,
     replace_module,
@@ -239,16 +240,12 @@ class QuantizationWalk:
         return BlockStream(self._model, self._names, self._batches, KnownRows(tokens, rows))
 
     def _round(self, fqn: str, rows: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
-        try:
+        with naming(fqn):
             return quantize_weight(rows.detach(), spec, clip_search=self._recipe.clip_search)
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from error
 
     def _round_gptq(self, fqn: str, gptq: Gptq, rows: Tensor, spec: WeightSpec) -> GptqResult:
-        try:
+        with naming(fqn):
             return gptq.round(rows.detach(), spec, clip_search=self._recipe.clip_search)
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from error
 
     def _aims(self, fqn: str) -> bool:
         """Return whether GPTQ needs to know the float model's input of a linear."""
@@ -287,10 +284,8 @@ class QuantizationWalk:
 
 
 def _factorized(moments: Moments, fqn: str) -> Gptq:
-    try:
+    with naming(fqn):
         return Gptq(moments.hessian, moments.cross)
-    except ValueError as error:
-        raise ValueError(f"{fqn}: {error}") from error
 
 
 def _joined_errors(results: Sequence[GptqResult]) -> tuple[float, float] | tuple[None, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ def quantize_linear(
         kept = InputQuantizedLinear(weight.float(), bias, plan.activation, input_scale)
         replace_module(model, plan.fqn, kept)
         return LayerError(plan.fqn, 0.0)
-    try:
+    with naming(plan.fqn):
         if gptq is None:
             q, scale = quantize_weight(weight, plan.weight, clip_search=recipe.clip_search)
         else:
@@ -59,12 +60,19 @@ def quantize_linear(
                 result.error,
                 result.rtn_error,
             )
-    except ValueError as error:
-        raise ValueError(f"{plan.fqn}: {error}") from error
     quantized = QuantizedLinear(q, scale, bias, plan.weight, plan.activation, input_scale)
     replace_module(model, plan.fqn, quantized)
     squares = squared_norms(weight, q, scale, plan.weight)
     return LayerError(plan.fqn, relative_error(squares), output_error, nearest_error)
+
+
+@contextmanager
+def naming(fqn: str) -> Iterator[None]:
+    """Put the name of a module in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{fqn}: {error}") from error
 
 
 def float_linear(model: nn.Module, fqn: str) -> nn.Linear:
@@ -89,10 +97,8 @@ def static_scale(plan: LayerPlan, observers: Mapping[str, RangeObserver]) -> Ten
     Raises:
         ValueError: Nothing was observed; the message names the linear.
     """
-    try:
+    with naming(plan.fqn):
         return torch.tensor(observers[plan.observed].scale(plan.activation.bits))
-    except ValueError as error:
-        raise ValueError(f"{plan.fqn}: {error}") from error
 
 
 def squared_norms(
