@@ -62,13 +62,13 @@ SCHEMES = {
 TASKS = ("arc_easy", "piqa")
 
 
-def training(arguments: argparse.Namespace, seed: int) -> TrainSettings:
-    """Return the settings that all runs share."""
+def training(arguments: argparse.Namespace, seed: int, rate: float) -> TrainSettings:
+    """Return the settings of a run; all but the rate are shared."""
     return TrainSettings(
         max_steps=arguments.steps,
         batch_size=8,
         gradient_accumulation=1,
-        learning_rate=arguments.rate,
+        learning_rate=rate,
         max_tokens=256,
         precision=Precision.BFLOAT16,
         eval_every=0,
@@ -100,7 +100,9 @@ def train(arguments: argparse.Namespace) -> None:
                 method=Method.LORA if order == "lbr" else Method.ROLORA,
                 adapter=ADAPTER,
                 targets="all" if aware else "q,v",
-                training=training(arguments, seed),
+                training=training(
+                    arguments, seed, arguments.aware_rate if aware else arguments.rate
+                ),
                 start=start if aware else None,
                 learn_from=LearnFrom.LABELS,
             )
@@ -151,6 +153,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     "model": DEMO_MODEL,
                     "steps": arguments.steps,
                     "rate": arguments.rate,
+                    "aware_rate": arguments.aware_rate,
                     "versions": library_versions(),
                     "cells": found,
                 }
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--aware-rate", type=float, default=4e-4, help="where all linears learn")
     parser.add_argument("--rows", type=int, default=64, help="of --test")
     parser.add_argument("--questions", type=int, default=200, help="of each task")
     parser.add_argument("--threads", type=int, default=2)
