@@ -579,6 +579,14 @@ def merge_rotate_quantize_command(
     embedding_bits: Annotated[int, typer.Option(help="4, 8, or 32 for float.")] = 8,
     head_bits: Annotated[int, typer.Option(help="4, 8, or 32 for float.")] = 8,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
+    equalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--equalize/--no-equalize",
+            help="Scale channels in front of the rotations by what each can bear of rounding; R1 "
+            "then acts at run time. Default: yes for activations of 4 or 6 bits.",
+        ),
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
     resume: Annotated[
         bool,
@@ -634,6 +642,7 @@ def merge_rotate_quantize_command(
             budget=budget,
             stored_rotation=rotation,
             kv_bits=kv_bits,
+            equalize=equalize,
         )
     if dry_run:
         _print_json(

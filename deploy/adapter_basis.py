@@ -18,7 +18,9 @@ that needs equal P). Where it fails a random matrix stands in the shortcut. The 
     o               R2 of the layer    R1
     down            R4         R1
 
-Where R1 acts at run time (`rolora.rotation`), o and down have no Q. R1 and R4 are one for all
+Where R1 acts at run time (`rolora.rotation`), o and down have no Q. An equalization
+(`rolora.equalization`) multiplies each P and Q by scales that differ from layer to layer: there an
+adapter has no shortcut. R1 and R4 are one for all
 layers. Only R2 differs, and mixes bases for v with `block` and for o with `block` and `input`.
 Therefore an adapter with a shortcut is trained with one R2 for all layers; then every structure
 fits every linear. Plain LoRA keeps an R2 for each layer.
@@ -57,9 +59,16 @@ def require_adapter_basis(plan: RotationPlan, config: AdapterConfig) -> None:
     """Refuse a rotation that was not drawn for an adapter, and does not fit its shortcuts.
 
     Raises:
-        ValueError: The adapter has a shortcut, and R2 differs between the layers.
+        ValueError: The adapter has a shortcut, and R2 or scales differ between the layers.
     """
-    if config.reach == 0 or plan.r2 is None:
+    if config.reach == 0:
+        return
+    if plan.equalization is not None:
+        raise ValueError(
+            "expected no equalization, whose scales differ between the layers that a shortcut "
+            "joins, got one; use a rotation made with --no-equalize, or train without --structure"
+        )
+    if plan.r2 is None:
         return
     first = plan.r2[0].dense()
     if not all(torch.equal(other.dense(), first) for other in plan.r2[1:]):
@@ -78,8 +87,9 @@ def to_original_basis(
 ) -> Adapter:
     """Bring a plain LoRA adapter of a rotated model back to the model's own basis, rank unchanged.
 
-    With R_in and R_out the rotations of a linear's sides and g the gain of the norm it reads:
-    A = A' R_in^T diag(1 / g), B = R_out B'.
+    With R_in and R_out the rotations of a linear's sides, s and t their scales (1 without an
+    equalization) and g the gain of the norm it reads: A = A' R_in^T diag(s / g),
+    B = diag(1 / t) R_out B'.
 
     Args:
         adapter: Without a shortcut, as `to_peft_adapter` returns it.

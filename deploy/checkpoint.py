@@ -191,7 +191,7 @@ class Checkpoint:
     def online_r1(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Return signs [l * r] and factors of an R1 that acts at run time, float32; else None."""
         plan = self.rotation
-        if plan is None or plan.r1 is None or self.names.post_norm is None:
+        if plan is None or plan.r1 is None or plan.rotates_stream(self.names):
             return None
         r1, signs = plan.r1, plan.r1.signs
         signs = torch.ones(r1.size) if signs is None else signs.float()

@@ -18,6 +18,8 @@ from rolora.scheme import AUTO as CHOSEN
 
 FLOAT_SCHEME = "FP32"
 """Scheme of a checkpoint that is merged and rotated, but not quantized."""
+EQUALIZED_BITS = 6
+"""Most bits of inputs whose channels are scaled by default."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class CheckpointSettings:
 
     kv_bits: int = FLOAT_KV_BITS
     """Of the KV cache: 8, 4, or 16 for float."""
+    equalize: bool | None = None
+    """Scale channels in front of the rotations; None is yes for inputs of few bits."""
 
     def __post_init__(self) -> None:
         """Check what can be checked before a model is loaded.
@@ -193,6 +197,11 @@ class CheckpointSettings:
                 f"the linears to quantize with --override"
             )
 
+    @property
+    def equalizes_by_default(self) -> bool:
+        """Whether scales pay: their rotation at run time costs what 8 bits have no need of."""
+        return self.recipe is not None and self.recipe.scheme.activation_bits <= EQUALIZED_BITS
+
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
         recipe = (
@@ -211,6 +220,7 @@ class CheckpointSettings:
             "rotation": None if self.stored_rotation is None else str(self.stored_rotation),
             "recipe": recipe,
             "kv_bits": self.kv_bits,
+            "equalize": self.equalize,
             "calibration": self.calibration,
             "calibration_windows": self.calibration_windows,
             "calibration_tokens": self.calibration_tokens,

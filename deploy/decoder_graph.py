@@ -11,6 +11,7 @@ input is quantized once for all the linears that read it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -70,6 +71,8 @@ class DecoderGraph:
         self.computed = conventions(checkpoint.config)
         self.form = form
         self.graph = GraphBuilder("decoder", stored)
+        norms = [(block.attention_norm, block.mlp_norm) for block in checkpoint.names.blocks]
+        self._stream_norms = {checkpoint.names.final_norm, *chain.from_iterable(norms)}
 
     def build(self) -> ir.Model:
         """Return the model with lazy weights; saving it reads them from the checkpoint."""
@@ -260,9 +263,12 @@ class DecoderGraph:
         )
 
     def _gain(self, fqn: str) -> ir.Value:
-        """Add the gain of a norm."""
+        """Add the gain of a norm, with the signs of the R1 that acts behind it."""
         gain = self.checkpoint.array(f"{fqn}.weight")
         whole = (gain + np.asarray(self.names.norm_offset, gain.dtype)).astype(self.dtype.numpy())
+        factors = self.checkpoint.online_r1()
+        if factors is not None and fqn in self._stream_norms:
+            whole = whole * factors[0].astype(whole.dtype)
         return self.graph.weight(f"{fqn}.weight", ir.tensor(whole))
 
     def _attend(
@@ -309,16 +315,14 @@ class DecoderGraph:
         )
 
     def _rotate_stream(self, normed: ir.Value, prefix: str) -> ir.Value:
-        """Apply R1 to what linears read of the residual stream, where it is not in the stream."""
+        """Apply R1 to what linears read of the residual stream, where it is not in the stream.
+
+        Its signs are in the gain of the norm.
+        """
         factors = self.checkpoint.online_r1()
         if factors is None:
             return normed
-        signs, left, right = factors
-        if (signs < 0).any():
-            normed = self.graph.value(
-                "Mul", [normed, self.graph.constant(signs)], f"{prefix}/R1/signs/Mul"
-            )
-        return self._rotate_online(normed, (left, right), f"{prefix}/R1")
+        return self._rotate_online(normed, factors[1:], f"{prefix}/R1")
 
     def _rotate_online(
         self, hidden: ir.Value, factors: tuple[np.ndarray, np.ndarray] | None, name: str

@@ -3,6 +3,9 @@
     for the embedding, each block and the head:
         load -> [rotate in adapter basis] -> merge -> [rotate] -> quantize -> [KV cache] -> store
 
+Before that a pass of the float model measures an equalization, where one is asked for
+(`rolora.equalization`).
+
 An adapter that was trained in a rotated basis carries its rotation and is merged in that basis; any
 other adapter is merged first and the result is rotated, which in exact arithmetic is the same
 function.
@@ -40,6 +43,7 @@ from deploy.checkpoint_settings import (
     default_rotations,
 )
 from deploy.decoder_source import DecoderSource, open_decoder
+from deploy.equalize import measure_equalization, restored_scales
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.loading import save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
@@ -131,6 +135,8 @@ def merge_rotate_quantize(
         except ValueError as error:
             raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
+    is_fresh = stored is None and (adapter is None or adapter.rotation is None)
+    equalizes = _equalizes(settings, plan, is_fresh)
     key = {"parents": parents, "settings": config, "versions": library_versions()}
     with new_artifact(output) as directory, open_parts(output, key, resume=resume) as store:
         finished = len(store.parts)
@@ -138,6 +144,11 @@ def merge_rotate_quantize(
             progress(f"going on behind {finished} finished parts")
         if source.whole_because is not None:
             progress(f"working on the whole model in memory: {source.whole_because}")
+        if plan is not None and equalizes:
+            # A run that goes on must work in the basis of the parts that are stored.
+            scales = restored_scales(store.states()) if finished else None
+            scales = scales or measure_equalization(settings, adapter, progress)
+            plan = plan.with_equalization(scales)
         source.begin(plan, lambda: _calibration(source, settings), progress)
         calibrates = settings.recipe is not None or settings.kv_bits != FLOAT_KV_BITS
         batches = _calibration(source, settings) if calibrates else []
@@ -241,6 +252,29 @@ def choose_rotation(
         return RotationPlan.draw(names, wanted.names, wanted.kind, wanted.seed)
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh: bool) -> bool:
+    """Return whether channels are to be scaled in front of the rotations.
+
+    Args:
+        settings: What the user asked for.
+        plan: The rotation.
+        is_fresh: It was drawn just now, and is not that of another artifact.
+
+    Raises:
+        ConfigError: The user asked for scales where there can be none.
+    """
+    if settings.equalize is None:
+        return is_fresh and plan is not None and settings.equalizes_by_default
+    if settings.equalize and plan is None:
+        raise ConfigError("--equalize needs a rotation behind the scales: leave --rotate out")
+    if settings.equalize and not is_fresh:
+        raise ConfigError(
+            "--equalize: the rotation is that of another artifact, with or without scales of "
+            "its own; leave --equalize out"
+        )
+    return settings.equalize
 
 
 def _calibration(source: DecoderSource, settings: CheckpointSettings) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from deploy.checkpoint import formats_to_details, stored_tensors
 from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import DecoderSource, Part, decoder_parts
+from deploy.equalize import stored_scales
 from deploy.errors import ConfigError
 from deploy.memory import release_free_memory
 from deploy.part_store import PartStore
@@ -31,7 +32,8 @@ class PartWalk:
         source: Of the float parts, begun.
         settings: What to do with them.
         planned: How each linear is quantized.
-        rotation: In force; its R3 rotates the keys of a quantized cache.
+        rotation: In force; its R3 rotates the keys of a quantized cache, and its equalization is
+            stored with each part, so that a run which goes on works in the same basis.
         batches: Calibration text, if anything needs it.
         store: Of the finished parts; those in it are not worked on again.
         layer_progress: Called with the numbers of quantized layers and of all.
@@ -50,6 +52,7 @@ class PartWalk:
         self._source = source
         self._store = store
         self._formats = formats_to_details(planned.plans)
+        self._scales = stored_scales(rotation)
         model, names = source.loaded.model, source.names
         done = sum(len(part.facts["rounding"]) for part in store.parts)
         numbers = itertools.count(done + 1)
@@ -125,7 +128,7 @@ class PartWalk:
         facts: dict[str, Any] = {"rounding": [asdict(error) for error in errors], "merged": merged}
         if weight == names.embedding:
             facts["linears"] = self._formats
-        states = {} if weight == names.head else self._states()
+        states = self._scales if weight == names.head else self._scales | self._states()
         tensors = stored_tensors(source.loaded.model, part.modules)
         seconds = {"seconds": time.monotonic() - started}
         self._store.add(part.name, tensors, states, facts | seconds)

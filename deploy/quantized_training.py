@@ -147,12 +147,6 @@ def build_aware_model(
             f"aware training computes its loss at the head without one; train it on float weights, "
             f"without --start"
         )
-    if names.post_norm is not None and start.rotation is not None and start.rotation.r1:
-        raise UnsupportedModelError(
-            f"{start.directory}: puts R1 on at run time, in front of the head too, and training in "
-            f"the rounding computes its loss at the head without it; quantize the start with "
-            f"--rotate r2,r4"
-        )
     try:
         require_inside_weight(config)
     except ValueError as error:
@@ -192,8 +186,6 @@ def build_aware_model(
             linear = model.get_submodule(fqn)
             if type(linear) is nn.Linear:
                 model.set_submodule(fqn, aware(fqn, linear, None))
-        if start.rotation is not None:
-            install_online_rotations(peft_model, start.rotation, names)
     except ValueError as error:
         raise ConfigError(f"quantization-aware training: {error}") from error
     embedding = quantized.get_submodule(names.embedding)
@@ -205,7 +197,10 @@ def build_aware_model(
         head_input = InputQuantizer(head.activation, head.input_scale)
     elif not isinstance(head, nn.Linear):
         raise TypeError(f"{names.head}: expected a linear, got {type(head).__name__}")
+    # The loss is computed at the head: in its place stands what happens to its input.
     model.set_submodule(names.head, nn.Identity() if head_input is None else head_input)
+    if start.rotation is not None:
+        install_online_rotations(peft_model, start.rotation, names)
     return AwareModel(peft_model, start, names, layers, head, head_input)
 
 
@@ -341,6 +336,11 @@ def _require_one_basis(
 ) -> None:
     """Refuse a shortcut between layers whose R2 differ (see `adapter_basis`)."""
     r2 = None if start.rotation is None else start.rotation.r2
+    if config.reach and start.rotation is not None and start.rotation.equalization is not None:
+        raise ConfigError(
+            f"{start.directory}: every layer has channel scales of its own, and a shortcut would "
+            "mix their bases; quantize the start with --no-equalize, or train without --structure"
+        )
     if (
         config.reach == 0
         or r2 is None

@@ -7,6 +7,7 @@ from collections.abc import Container
 from deploy.errors import ArtifactError
 from deploy.loading import LoadedModel
 from rolora.decoder import DecoderNames
+from rolora.equalization import equalize_model
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.fuse import fuse_rotations
 from rolora.rotation import RotationPlan
@@ -18,7 +19,7 @@ def rotate_model(
     plan: RotationPlan,
     only: Container[str] | None = None,
 ) -> None:
-    """Untie the head, fold the norms and fuse a rotation, in place; online halves are not set.
+    """Untie the head, fold the norms, equalize, fuse a rotation, in place; without online halves.
 
     Args:
         loaded: The model.
@@ -38,6 +39,8 @@ def rotate_model(
         if only is None:
             untie_head(loaded.model, names)
         fold_norm_gains(loaded.model, names, only)
+        if plan.equalization is not None:
+            equalize_model(loaded.model, names, plan.equalization, only)
         fuse_rotations(loaded.model, names, plan, only)
     except ValueError as error:
         raise ArtifactError(f"{loaded.name}: cannot be rotated: {error}") from error

@@ -44,6 +44,20 @@ def tokens_in(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     return torch.unique(torch.cat(ids)) if ids else torch.empty(0, dtype=torch.int64)
 
 
+def rows_of_tokens(tokens: Tensor, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each chunk of an embedding's rows, and those of them that some tokens have.
+
+    Args:
+        tokens: See `KnownRows`.
+        rows: All rows in order, float32 [n, hidden_size] at a time.
+    """
+    start = 0
+    for chunk in rows:
+        inside = tokens[(tokens >= start) & (tokens < start + len(chunk))]
+        yield chunk, chunk[inside - start]
+        start += len(chunk)
+
+
 class Moments:
     """Second moments of inputs x' of one model, and with inputs x of another if they are known."""
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rolora.decoder import DecoderNames
+from rolora.equalization import scale_delta
 from rolora.fold import norm_gain, norms_and_readers, row_chunks
 from rolora.kronecker import Rotation
 from rolora.rotation import Application, RotationName, RotationPlan, Side, applications
@@ -43,7 +44,7 @@ def fuse_rotations(
     R4 needs its online half too: `install_online_rotations`.
 
     Args:
-        model: Norm gains folded and head untied, if the plan has R1.
+        model: Norm gains folded and head untied, if the plan has R1; equalized, if it has scales.
         names: Its parts.
         plan: Drawn for these sizes.
         only: FQNs of the modules to rotate, the others are not looked at; None is all.
@@ -70,7 +71,7 @@ def fuse_rotations(
     for entry in table:
         by_module.setdefault(entry.fqn, []).append(entry)
     with torch.no_grad():
-        if RotationName.R1 in plan.names:
+        if RotationName.R1 in plan.names and plan.rotates_stream(names):
             _check_gains_folded(model, names, only)
         _check_unshared(model, by_module)
         for entry in table:
@@ -128,7 +129,7 @@ def rotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderName
     Invariant:
         Rotating W + delta equals rotated W + rotated delta, to float64 rounding.
     """
-    delta = delta.double()
+    delta = scale_delta(delta, *_scales_of(fqn, plan, names))
     for entry in _offline_entries(fqn, plan, names):
         delta = fuse_into_weight(delta, entry.side, plan.find(entry.rotation, entry.layer))
     return delta
@@ -139,7 +140,8 @@ def unrotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderNa
     delta = delta.double()
     for entry in _offline_entries(fqn, plan, names):
         delta = remove_from_weight(delta, entry.side, plan.find(entry.rotation, entry.layer))
-    return delta
+    before, behind = _scales_of(fqn, plan, names)
+    return scale_delta(delta, *(None if each is None else 1.0 / each for each in (before, behind)))
 
 
 def unrotate_factors(
@@ -167,7 +169,14 @@ def unrotate_factors(
             a = remove_from_weight(a, Side.INPUT, rotation)
         else:
             b = remove_from_weight(b, Side.OUTPUT, rotation)
-    return a, b
+    before, behind = _scales_of(fqn, plan, names)
+    return (a if before is None else a * before), (b if behind is None else b / behind[:, None])
+
+
+def _scales_of(
+    fqn: str, plan: RotationPlan, names: DecoderNames
+) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if plan.equalization is None else plan.equalization.of_linear(fqn, names)
 
 
 def _offline_entries(fqn: str, plan: RotationPlan, names: DecoderNames) -> list[Application]:

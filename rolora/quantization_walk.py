@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rolora.block_stream import BlockStream, KnownRows, Moments, rows_of, tokens_in
+from rolora.block_stream import BlockStream, KnownRows, Moments, rows_of, rows_of_tokens, tokens_in
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.calibration import RangeObserver
 from rolora.decoder import BlockNames, DecoderNames
@@ -110,12 +110,9 @@ class QuantizationWalk:
         spec = self._recipe.embedding_weight(self._names.hidden_size)
         tokens = tokens_in(self._batches)
         known: list[Tensor] = []
-        start = 0
         parts: list[tuple[Tensor, Tensor]] = []
-        for chunk in rows:
-            inside = tokens[(tokens >= start) & (tokens < start + len(chunk))]
-            known.append(chunk[inside - start])
-            start += len(chunk)
+        for chunk, wanted in rows_of_tokens(tokens, rows):
+            known.append(wanted)
             if integers:
                 parts.append(self._round(fqn, chunk, spec))
         float_rows = seen_rows = torch.cat(known)

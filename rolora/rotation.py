@@ -27,6 +27,10 @@ read.
 - Kind `learned`: R1 and R2 are matrices, R4 is signs as for `hadamard`. Drawing it gives the random
   Hadamard matrices where learning (`rolora.learned`) starts; `with_matrices` puts in where it ends.
 
+It is also put on at run time where the plan has an equalization (`rolora.equalization`): scales of
+the channels that every norm gives out differ from norm to norm, and one R1 in the stream could not
+follow them.
+
 Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406) for R2 offline, RoLoRA (2407.08044).
 Departure: RoLoRA's release redraws its rotation at merge time and lands in another basis. Here what
 was drawn is saved with a digest, and what does not match its digest is refused.
@@ -44,6 +48,7 @@ import torch
 from torch import Tensor
 
 from rolora.decoder import DecoderNames
+from rolora.equalization import TENSOR_NAMES, Equalization
 from rolora.hadamard import hadamard_construction, hadamard_factors, random_orthogonal
 from rolora.kronecker import (
     Rotation,
@@ -104,7 +109,7 @@ class Application:
     """True where the module undoes the rotation of what it reads."""
     online: bool
     """True for a rotation at run time, False for one in the weight: in front of the module (R4, and
-    R1 where a norm writes the residual stream), or behind it and the rotary embedding (R3)."""
+    R1 where it is not in the residual stream), or behind it and the rotary embedding (R3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +129,8 @@ class RotationPlan:
     """Size head_dim, shared by all heads and blocks."""
     r4: Rotation | None
     """Size intermediate_size, shared by all blocks; `left` and `right` are all of it (no signs)."""
+    equalization: Equalization | None = None
+    """Scales that are put on before any rotation."""
 
     @classmethod
     def draw(
@@ -192,6 +199,26 @@ class RotationPlan:
             content[key] = new
         return self._build(self.kind, self.seed, content)
 
+    def with_equalization(self, equalization: Equalization) -> RotationPlan:
+        """Return a plan with scales in front of its rotations; its R1 acts at run time.
+
+        Raises:
+            ValueError: This plan has scales, or its R1 was learned for the stream.
+        """
+        if self.equalization is not None:
+            raise ValueError("rotation plan: expected none with an equalization, got one")
+        if self.kind is RotationKind.LEARNED:
+            raise ValueError(
+                "rotation plan: expected one that is drawn, got a learned one; it was learned for "
+                "channels without scales"
+            )
+        scales = {_scales_key(name): each for name, each in equalization.to_tensors().items()}
+        return self._build(self.kind, self.seed, {**self.content, **scales})
+
+    def rotates_stream(self, names: DecoderNames) -> bool:
+        """Return whether R1 is in the residual stream, not at run time behind each norm."""
+        return names.post_norm is None and self.equalization is None
+
     def with_r3(self, names: DecoderNames) -> RotationPlan:
         """Return the plan with an R3 of its kind and seed; a plan that has one is returned as is.
 
@@ -235,12 +262,13 @@ class RotationPlan:
         `R3.signs` [head_dim], `R4.left_signs` [l], `R4.right_signs` [r]. Kind `orthogonal`
         (float64): `R1.matrix` [hidden, hidden], `R2.matrix` [layers, head_dim, head_dim],
         `R3.matrix` [head_dim, head_dim], `R4.left` [l, l], `R4.right` [r, r]. Kind `learned`: R1
-        and R2 as in `orthogonal`, R3 and R4 as in `hadamard`.
+        and R2 as in `orthogonal`, R3 and R4 as in `hadamard`. An equalization adds
+        `equalization.<name>`, float64, of the shapes that `Equalization` says.
         """
         return dict(self.content)
 
     def to_metadata(self) -> dict[str, Any]:
-        """Return a JSON-ready description: kind, seed, digest, and the shape of each rotation."""
+        """Return a JSON-ready description: kind, seed, digest, shapes, whether it has scales."""
         rotations: dict[str, dict[str, Any]] = {}
         for name, members in self._members():
             left, right = members[0].left.shape[0], members[0].right.shape[0]
@@ -253,7 +281,7 @@ class RotationPlan:
             "seed": self.seed,
             "digest": self.digest,
             "rotations": rotations,
-        }
+        } | ({} if self.equalization is None else {"equalized": True})
 
     @property
     def digest(self) -> str:
@@ -307,7 +335,9 @@ class RotationPlan:
         expected = {
             name: [f"{name}.{entry}" for entry in _entries(kind, name)] for name in RotationName
         }
-        unknown = sorted(content.keys() - {key for keys in expected.values() for key in keys})
+        scales = {name: _scales_key(name) for name in TENSOR_NAMES}
+        known = {key for keys in expected.values() for key in keys} | set(scales.values())
+        unknown = sorted(content.keys() - known)
         if unknown:
             raise ValueError(f"rotation of kind {kind}: got unknown tensors {unknown}")
         members: dict[RotationName, tuple[Rotation, ...]] = {}
@@ -329,7 +359,12 @@ class RotationPlan:
             members.get(name, (None,))[0]
             for name in (RotationName.R1, RotationName.R3, RotationName.R4)
         )
-        return cls(kind, seed, content, r1, members.get(RotationName.R2), r3, r4)
+        equalization = None
+        if found := content.keys() & set(scales.values()):
+            if missing := sorted(set(scales.values()) - found):
+                raise ValueError(f"equalization: expected all scales, got no {missing}")
+            equalization = Equalization(**{name: content[key] for name, key in scales.items()})
+        return cls(kind, seed, content, r1, members.get(RotationName.R2), r3, r4, equalization)
 
 
 def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
@@ -343,7 +378,7 @@ def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
     """
     _check_sizes(plan, names)
     r1, r2, r3, r4 = RotationName
-    rotates_stream = names.post_norm is None
+    rotates_stream = plan.rotates_stream(names)
     # What no linear can put on: it acts behind a product or a norm.
     at_run_time = {r3, r4} if rotates_stream else {r1, r3, r4}
     table = [Application(names.embedding, Side.OUTPUT, r1, None, inverse=False, online=False)]
@@ -392,6 +427,12 @@ def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
                 f"{label}: expected {expected} as in the model, got a rotation plan with {got}, "
                 f"drawn for another model; use the artifact that belongs to this model"
             )
+    if plan.equalization is not None:
+        plan.equalization.require_sizes(names)
+
+
+def _scales_key(name: str) -> str:
+    return f"equalization.{name}"
 
 
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:

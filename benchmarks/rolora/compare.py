@@ -59,6 +59,7 @@ SCHEMES = {
     "W4A4-gptq": ("W4A4", "gptq"),
     "W8A8": ("W8A8", "gptq"),
 }
+ORDERS = ("plain", "lbr", "lar", "aware")
 TASKS = ("arc_easy", "piqa")
 
 
@@ -87,7 +88,9 @@ def train(arguments: argparse.Namespace) -> None:
     """Train what is missing."""
     start = Path(arguments.work) / "start"
     for seed in arguments.seeds:
-        for order in ("lbr", "lar", "aware"):
+        for order in arguments.orders:
+            if order == "plain":  # has the adapter of `lbr`
+                continue
             output = adapter_of(arguments, order, seed)
             if output.is_dir():
                 continue
@@ -137,7 +140,7 @@ def measure(arguments: argparse.Namespace) -> None:
         found = json.loads(output.read_text(encoding="utf-8"))["cells"]
     scratch = Path(arguments.work) / "checkpoint"
     for seed in arguments.seeds:
-        for order in ("plain", "lbr", "lar", "aware"):
+        for order in arguments.orders:
             for scheme in SCHEMES if order != "aware" else ("W4A4-gptq",):
                 key = f"{order}/{scheme}/{seed}"
                 adapter = adapter_of(arguments, order, seed)
@@ -219,6 +222,7 @@ def main() -> None:
     parser.add_argument("--text", help="text for perplexity")
     parser.add_argument("--choices", help="directory of multiple choice questions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=ORDERS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--aware-rate", type=float, default=4e-4, help="where all linears learn")

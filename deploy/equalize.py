@@ -1,0 +1,79 @@
+"""Measure a model's equalization: a pass of the float model over calibration text, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from deploy.adapter_artifact import StoredAdapter
+from deploy.calibration_text import calibration_for
+from deploy.checkpoint_settings import CheckpointSettings
+from deploy.decoder_source import decoder_parts, open_decoder
+from deploy.errors import ConfigError
+from deploy.memory import release_free_memory
+from rolora.equalization import TENSOR_NAMES, Equalization
+from rolora.equalization_walk import EqualizationWalk
+from rolora.rotation import RotationPlan
+
+_PREFIX = "equalization."
+
+
+def measure_equalization(
+    settings: CheckpointSettings,
+    adapter: StoredAdapter | None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Equalization:
+    """Return the scales of a model with its adapter merged.
+
+    The model is opened by itself, so that whoever asks keeps theirs untouched.
+
+    Args:
+        settings: Which model, merge and calibration text.
+        adapter: To be merged, of the model's own basis.
+        progress: Called with a line for each step.
+
+    Raises:
+        ConfigError: Inputs or weights are not finite on the calibration text.
+        As `open_decoder`.
+    """
+    source = open_decoder(settings.model, adapter, settings.merge)
+    names = source.names
+
+    def calibration() -> list[dict[str, Tensor]]:
+        return calibration_for(
+            source.loaded,
+            settings.calibration,
+            windows=settings.calibration_windows,
+            tokens=settings.calibration_tokens,
+        )
+
+    source.begin(None, calibration, progress)
+    progress("measuring how loud each channel is")
+    try:
+        walk = EqualizationWalk(source.loaded.model, names, calibration())
+        embedding, *blocks, head = decoder_parts(names)
+        walk.begin(source.rows(embedding))
+        for part, block in zip(blocks, names.blocks, strict=True):
+            source.load(part)
+            walk.measure(block)
+            source.release(part)
+            release_free_memory()
+        walk.measure_head(source.rows(head))
+        return walk.result()
+    except ValueError as error:
+        raise ConfigError(f"{settings.model}: cannot be equalized: {error}") from error
+
+
+def stored_scales(plan: RotationPlan | None) -> dict[str, Tensor]:
+    """Return the scales of a plan as tensors to be stored among others; none without a plan."""
+    if plan is None or plan.equalization is None:
+        return {}
+    return {f"{_PREFIX}{name}": each for name, each in plan.equalization.to_tensors().items()}
+
+
+def restored_scales(tensors: Mapping[str, Tensor]) -> Equalization | None:
+    """Return what `stored_scales` put among other tensors."""
+    if f"{_PREFIX}{TENSOR_NAMES[0]}" not in tensors:
+        return None
+    return Equalization(**{name: tensors[f"{_PREFIX}{name}"] for name in TENSOR_NAMES})
