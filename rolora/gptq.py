@@ -37,6 +37,7 @@ from rolora.rtn import quantize_weight
 from rolora.scheme import WeightSpec
 
 _BLOCK_COLUMNS = 128
+_ROWS = 1024
 _DAMPING = 0.01
 _DAMPING_TRIES = 4
 AIM_SHARE = 0.5
@@ -172,18 +173,21 @@ def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> 
     """Round the columns of float32 [out, in], which it overwrites; returns int8 [out, in]."""
     quant_min, quant_max = weight_range(bits)
     q = torch.empty(weight.shape, dtype=torch.int8)
-    for start in range(0, weight.shape[1], _BLOCK_COLUMNS):
-        end = min(start + _BLOCK_COLUMNS, weight.shape[1])
-        # One row per column of the weight, so that the inner loop touches contiguous memory.
-        block = weight[:, start:end].t().contiguous()
-        errors = torch.empty_like(block)
-        for i in range(end - start):
-            column_scale = scale[:, start + i]
-            rounded = torch.clamp(torch.round(block[i] / column_scale), quant_min, quant_max)
-            q[:, start + i] = rounded.to(torch.int8)
-            errors[i] = (block[i] - rounded * column_scale) / factor[start + i, start + i]
-            block[i + 1 :] -= torch.outer(factor[start + i, start + i + 1 : end], errors[i])
-        weight[:, end:] -= errors.t() @ factor[start:end, end:]
+    # Rows do not know each other: so many at a time that a block of them stays in the cache.
+    for some, steps, integers in zip(*(x.split(_ROWS) for x in (weight, scale, q)), strict=True):
+        for start in range(0, weight.shape[1], _BLOCK_COLUMNS):
+            end = min(start + _BLOCK_COLUMNS, weight.shape[1])
+            # One row per column of the weight, so that the inner loop touches contiguous memory.
+            block, step = (x[:, start:end].t().contiguous() for x in (some, steps))
+            rounded, errors = torch.empty_like(block), torch.empty_like(block)
+            for i in range(end - start):
+                torch.div(block[i], step[i], out=rounded[i])
+                rounded[i].round_().clamp_(quant_min, quant_max)
+                torch.addcmul(block[i], rounded[i], step[i], value=-1, out=errors[i])
+                errors[i] /= factor[start + i, start + i]
+                block[i + 1 :].addr_(factor[start + i, start + i + 1 : end], errors[i], alpha=-1)
+            integers[:, start:end] = rounded.t()
+            some[:, end:] -= errors.t() @ factor[start:end, end:]
     return q
 
 
