@@ -188,9 +188,15 @@ def _transform_config(checkpoint: Checkpoint) -> TransformConfig | None:
     applied it would do so twice.
 
     Raises:
-        UnsupportedModelError: The library has no Hadamard matrix of this size.
+        UnsupportedModelError: The library has no Hadamard matrix of this size, or R1 is online.
     """
     plan = checkpoint.rotation
+    if plan is not None and plan.r1 is not None and not plan.rotates_stream(checkpoint.names):
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: its channels are scaled and R1 acts at run time, in a form "
+            f"that compressed-tensors has no words for; make the checkpoint again with rolora "
+            f"merge-rotate-quantize --no-equalize"
+        )
     if plan is None or plan.r4 is None:
         return None
     try:

@@ -49,7 +49,9 @@ class Description:
             rows.append(("scheme", str(scheme)))
         if rotation := details.get("rotation"):
             names = ", ".join(sorted(rotation["rotations"]))
-            rows.append(("rotation", f"{names} ({rotation['kind']}, seed {rotation['seed']})"))
+            scaled = "channel scales, " if rotation.get("equalized") else ""
+            drawn = f"({rotation['kind']}, seed {rotation['seed']})"
+            rows.append(("rotation", f"{scaled}{names} {drawn}"))
         if learning := details.get("learning"):
             rows += learning_rows(learning)
         if linears := details.get("linears"):

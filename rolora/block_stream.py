@@ -8,7 +8,7 @@ that it will see in the quantized model; one that moves on before shows those of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -91,7 +91,7 @@ class Moments:
 
 
 class _Captured(Exception):
-    """The inputs of all blocks are known."""
+    """What was wanted of a forward pass is known."""
 
 
 class BlockStream:
@@ -157,10 +157,13 @@ class BlockStream:
 
         def observe(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             moments.add(rows_of(inputs[0]), next(remaining))
+            raise _Captured  # what comes behind costs time and is not asked for
 
         handle = self._model.get_submodule(fqn).register_forward_pre_hook(observe)
         try:
-            self._run(block)
+            for run in self._run(block):
+                with suppress(_Captured):
+                    run()
         finally:
             handle.remove()
         moments.require_any(fqn)
@@ -197,21 +200,22 @@ class BlockStream:
             for fqn, listen in listeners
         ]
         try:
-            self.states = self._run(block)
+            outputs = [run() for run in self._run(block)]
         finally:
             for handle in handles:
                 handle.remove()
+        self.states = [output[0] if isinstance(output, tuple) else output for output in outputs]
         return inputs_of
 
-    def _run(self, block: BlockNames) -> list[Tensor]:
+    def _run(self, block: BlockNames) -> list[Callable[[], Any]]:
+        """Return for each batch what runs the block on its state."""
         fqn = block_fqn(block)
         module, batches = self._model.get_submodule(fqn), self._options.get(fqn, [])
-        with torch.inference_mode():
-            outputs = [
-                module(state, **options)
-                for state, options in zip(self.states, batches, strict=True)
-            ]
-        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+        run = torch.inference_mode()(module.__call__)
+        return [
+            partial(run, state, **options)
+            for state, options in zip(self.states, batches, strict=True)
+        ]
 
 
 def rows_of(x: Tensor) -> Tensor:

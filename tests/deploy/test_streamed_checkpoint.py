@@ -103,6 +103,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, part: int, error: BaseException) ->
         {"scheme": "W8A8", "rotate": "none", "head_bits": 32, "embedding_bits": 32},
         {"scheme": "FP32", "adapter": "reslora"},
         {"scheme": "FP32", "rotate": "none"},
+        {"scheme": "W4A4", "weights": "rtn"},
+        {"scheme": "FP32", "equalize": True, "adapter": "reslora"},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
@@ -169,6 +171,32 @@ def test_a_quantized_cache_goes_on_behind_an_interruption(
         lambda s: {key: 2 * value + key.startswith("cache.") for key, value in states(s).items()},
     )
     assert digest(make_checkpoint(model, copy, **options)) != expected
+
+
+def test_a_run_goes_on_with_the_channel_scales_of_its_stored_parts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"scheme": "W4A4", "weights": "rtn", "equalize": True}
+    expected = digest(make_checkpoint(model, tmp_path / "whole", **options))
+    for finished in (2, 5):
+        output = tmp_path / f"out-{finished}"
+        with monkeypatch.context() as patch:
+            if finished == 2:
+                fail_at(patch, finished, KeyboardInterrupt())
+            else:  # killed between the last part and the checkpoint
+                patch.setattr("deploy.merge_rotate_quantize.write_weights", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                make_checkpoint(model, output, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "deploy.merge_rotate_quantize.measure_equalization",
+                lambda *_: pytest.fail("measured anew: another basis on another machine"),
+            )
+            assert digest(make_checkpoint(model, output, **options)) == expected
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_is_chosen_on_the_running_model_has_all_of_it_and_says_so(

@@ -57,6 +57,7 @@ def make_checkpoint(
     overrides: tuple[Override, ...] = (),
     budget: Budget | None = None,
     kv_bits: int = 16,
+    equalize: bool | None = None,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
@@ -73,6 +74,7 @@ def make_checkpoint(
         overrides=overrides,
         budget=budget,
         kv_bits=kv_bits,
+        equalize=equalize,
     )
     merge_rotate_quantize(settings, output)
     return output
