@@ -4,8 +4,9 @@
     python benchmarks/quality/ablation.py table
 
 From weights and inputs rounded as they are, each step adds one thing: R1, R2, R4, clipped inputs,
-GPTQ. Checkpoints of the demo model are measured in torch, with the integers of an export, on
-windows of 1,024 tokens, against the float32 model. A cell in --output is not measured again.
+channel scales, GPTQ. Checkpoints of the demo model are measured in torch, with the integers of an
+export, on windows of 1,024 tokens, against the float32 model. A cell in --output is not measured
+again.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Step:
     rotate: str
     weights: str
     clip: float
+    equalize: bool = False
 
 
 STEPS = (
@@ -50,7 +52,8 @@ STEPS = (
     Step("+ R2", "r1,r2", "rtn", 1.0),
     Step("+ R4", "r1,r2,r4", "rtn", 1.0),
     Step("+ inputs clipped at 0.7", "r1,r2,r4", "rtn", 0.7),
-    Step("+ GPTQ", "r1,r2,r4", "gptq", 0.7),
+    Step("+ channel scales, R1 at run time", "r1,r2,r4", "rtn", 0.7, equalize=True),
+    Step("+ GPTQ", "r1,r2,r4", "gptq", 0.7, equalize=True),
 )
 
 
@@ -85,7 +88,13 @@ def run(step: Step, seed: int, arguments: argparse.Namespace) -> float:
         arguments.scheme, rotation=rotation, weights=step.weights, activation_clip=step.clip
     )
     settings = CheckpointSettings(
-        DEMO_MODEL, None, MergeMethod.EXACT, rotation, recipe, arguments.calibration
+        DEMO_MODEL,
+        None,
+        MergeMethod.EXACT,
+        rotation,
+        recipe,
+        arguments.calibration,
+        equalize=step.equalize,
     )
     checkpoint = arguments.work / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)

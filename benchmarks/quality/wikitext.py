@@ -46,6 +46,7 @@ class Case:
     """Of `choose_recipe`, beyond the above."""
     overrides: tuple[str, ...] = ()
     budget: str | None = None
+    equalize: bool | None = None
     export: bool = True
     """False: the checkpoint is measured in torch."""
 
@@ -89,6 +90,10 @@ CASES = (
         weights="gptq",
         options={"activation_clip": "auto", "static": "auto"},
     ),
+    Case("w4a4-unscaled", "W4A4", weights="gptq", equalize=False),
+    Case("w6a6-unscaled", "W6A6", weights="gptq", equalize=False),
+    Case("w8a8-scaled", "W8A8", weights="gptq", equalize=True),
+    Case("w4a8-scaled", "W4A8", weights="gptq", equalize=True),
     Case("w8a8-dynamic", "W8A8", weights="gptq", options={"static": False}),
     Case("w8a8-head16", "W8A8", weights="gptq", overrides=("head=A16",)),
 )
@@ -118,6 +123,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         calibration_windows=arguments.windows,
         overrides=tuple(map(Override.parse, case.overrides)),
         budget=None if case.budget is None else Budget.parse(case.budget),
+        equalize=case.equalize,
     )
     started = time.perf_counter()
     merge_rotate_quantize(settings, checkpoint)

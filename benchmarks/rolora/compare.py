@@ -10,7 +10,8 @@ Four ways to the same demo model, fine-tuned on instructions (RoLoRA, arXiv:2407
     plain   LoRA, merged, quantized without rotation
     lbr     LoRA before rotation: the same adapter, merged, then rotated and quantized
     lar     LoRA after rotation: trained on the rotated model (RoLoRA)
-    aware   LoRA inside the rounding of a rotated W4A4 checkpoint, learning from the data's tokens
+    aware   LoRA inside the rounding of a rotated W4A4 checkpoint with channel scales, learning from
+            the data's tokens
 
 Each of the first three is quantized to W4A4 with round-to-nearest and with GPTQ, and to W8A8; and
 measured in float. Figures: mean loss of a completion token on TEST (the task), perplexity on TEXT,
@@ -128,6 +129,7 @@ def quantize(
         rotation,
         choose_recipe(bits, rotation=rotation, weights=weights),
         arguments.calibration,
+        equalize=order == "aware",
     )
     merge_rotate_quantize(settings, output)
 
