@@ -25,6 +25,7 @@ from rolora.block_stream import BlockStream
 from rolora.fold import fold_norm_gains, norm_gain, untie_head
 from rolora.fuse import fuse_rotations
 from rolora.kv_attention import use_codecs
+from rolora.linear import QuantizedLinear
 from rolora.online import install_online_rotations
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName, RotationPlan
 from tests.conftest import build_tiny_model
@@ -212,12 +213,18 @@ def test_training_in_the_rounding_refuses_capped_logits(tmp_path: Path) -> None:
         assert conventions(checkpoint.config).logit_cap == 30.0
 
 
-def test_training_in_the_rounding_refuses_r1_at_run_time(tmp_path: Path) -> None:
+def test_training_in_the_rounding_rotates_what_the_head_reads(tmp_path: Path) -> None:
     source = save_model(tmp_path / "model", "gemma3_text", **FAMILIES["gemma3_text"])
     start = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn")
     settings = finetune_settings(source, tmp_path / "rows.jsonl", "lora")
-    with (
-        Checkpoint(start) as checkpoint,
-        pytest.raises(UnsupportedModelError, match=r"R1 .*--rotate r2,r4"),
-    ):
-        build_aware_model(load_model(source), checkpoint, settings.adapter, [], seed=0)
+    with Checkpoint(start) as checkpoint, torch.no_grad():
+        targets = list(checkpoint.names.linears())
+        expected = logits_of(checkpoint.load_model())
+        aware = build_aware_model(load_model(source), checkpoint, settings.adapter, targets, seed=0)
+        assert isinstance(aware.head, QuantizedLinear)
+        weight = aware.head.dequantized_weight()
+        found = aware.peft_model(input_ids=IDS).logits @ weight.t()
+        assert distance(found, expected) < 1e-4
+        head = aware.peft_model.get_base_model().get_submodule(checkpoint.names.head)
+        head._forward_pre_hooks.clear()
+        assert distance(aware.peft_model(input_ids=IDS).logits @ weight.t(), expected) > 0.1
