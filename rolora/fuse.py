@@ -142,10 +142,10 @@ def unrotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderNa
     return delta
 
 
-def unrotate_factors(
+def rotate_factors(
     a: Tensor, b: Tensor, fqn: str, plan: RotationPlan, names: DecoderNames
 ) -> tuple[Tensor, Tensor]:
-    """Do to B A what `unrotate_delta` does to a change, factor by factor: the rank stays.
+    """Do to B A what `rotate_delta` does to a change, factor by factor: the rank stays.
 
     Args:
         a: Floating [rank, in].
@@ -160,6 +160,20 @@ def unrotate_factors(
     Raises:
         ValueError: As `rotate_delta`.
     """
+    a, b = a.double(), b.double()
+    for entry in _offline_entries(fqn, plan, names):
+        rotation = plan.find(entry.rotation, entry.layer)
+        if entry.side is Side.INPUT:
+            a = fuse_into_weight(a, Side.INPUT, rotation)
+        else:
+            b = fuse_into_weight(b, Side.OUTPUT, rotation)
+    return a, b
+
+
+def unrotate_factors(
+    a: Tensor, b: Tensor, fqn: str, plan: RotationPlan, names: DecoderNames
+) -> tuple[Tensor, Tensor]:
+    """Undo `rotate_factors`."""
     a, b = a.double(), b.double()
     for entry in _offline_entries(fqn, plan, names):
         rotation = plan.find(entry.rotation, entry.layer)
