@@ -66,6 +66,9 @@ def find_adapter(directory: Path, name: str) -> Path:
 def read_adapter_file(path: Path) -> dict[str, ort.OrtValue]:
     """Read the tensors of an adapter, by the names of graph inputs.
 
+    Returns:
+        Views of the file's memory, which lives as long as one of them does.
+
     Raises:
         ArtifactError: The file is damaged.
     """

@@ -403,7 +403,7 @@ def linear_products(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     Query, key and value are one product where they have one format and no norm stands behind them.
     """
     products: dict[str, tuple[str, ...]] = {}
-    norms = qk_norms(checkpoint.config) is not None
+    norms = bool(qk_norms(checkpoint.config))
     for block in checkpoint.names.blocks:
         readers = (block.query, block.key, block.value)
         formats = [(linear.weight, linear.activation) for linear in map(checkpoint.linear, readers)]

@@ -82,7 +82,8 @@ def parse_adapter_choices(texts: Sequence[str]) -> tuple[AdapterChoice, ...]:
     Raises:
         ConfigError: Two have one name, or a name makes no file name; all faults in one message.
     """
-    choices, faults = [], []
+    choices: list[AdapterChoice] = []
+    faults = []
     for text in texts:
         name, equals, place = text.partition("=")
         directory = Path(place if equals else text)
