@@ -23,6 +23,7 @@ from deploy.adapter_files import find_adapter, read_adapter_file
 from deploy.artifact import read_manifest, verify_files
 from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
+from deploy.describe import describe_artifact
 from deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -288,6 +289,8 @@ def test_the_manifest_lists_the_adapters(export: Path, kept: Kept) -> None:
         assert max(report["prefill_error"], report["decode_error"]) <= report["bound"]
         assert report["adapter_effect"] > report["bound"], "or the check could not see it"
     assert manifest.checks["parity"]["adapter_effect"] is None
+    shown = dict(describe_artifact(export, verify=False).summary())
+    assert shown["adapter plain"].startswith("rank 2, 14 linears, trained not rotated, digest ")
 
 
 def test_equal_inputs_give_equal_files_and_a_finished_export_is_kept(
