@@ -24,6 +24,7 @@ from deploy.errors import ConfigError, RoloraError
 
 if TYPE_CHECKING:
     from deploy.bench import BenchReport
+    from deploy.kept_adapters import AdapterChoice
 
 app = typer.Typer(
     name="rolora",
@@ -842,11 +843,37 @@ def export_command(
             "integer products for prompts, MatMulNBits for single tokens."
         ),
     ] = None,
+    keep_adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIRECTORY",
+            help="onnx: keep a plain LoRA adapter beside a base that was quantized without one, to "
+            "be swapped at run time. May be given more than once; NAME is the directory's by "
+            "default.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="--keep-adapter: where the checkpoint's model is, if not where it was; its norm "
+            "gains are read."
+        ),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX or compressed-tensors, and check it against torch."""
+    from deploy.kept_adapters import parse_adapter_choices
+
+    keep = parse_adapter_choices(keep_adapter or [])
+    if model is not None and not keep:
+        raise ConfigError("--model needs --keep-adapter; an export itself reads the checkpoint")
     if file_format is FormatName.COMPRESSED_TENSORS:
+        if keep:
+            raise ConfigError(
+                f"--keep-adapter: only --format onnx has adapters beside the base; serve "
+                f"{file_format} with the adapter in PEFT's format"
+            )
         given = ["--target"] * (target is not None) + ["--kernel"] * (kernel is not None)
         if given:
             raise ConfigError(
@@ -869,12 +896,17 @@ def export_command(
                 "format": file_format,
             }
             | ({"target": target, "kernel": kernel} if file_format is FormatName.ONNX else {})
+            | (
+                {"keep_adapter": {choice.name: str(choice.directory) for choice in keep}}
+                if keep
+                else {}
+            )
         )
         return
     if file_format is FormatName.COMPRESSED_TENSORS:
         _export_compressed(checkpoint, output, as_json)
     else:
-        _export_onnx(checkpoint, output, target, kernel, as_json)
+        _export_onnx(checkpoint, output, target, kernel, keep, model, as_json)
 
 
 @app.command("run")
@@ -889,6 +921,10 @@ def run_command(
         float, typer.Option(help="Sample from the most probable tokens of this total probability.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Name of an adapter that was kept at export; default: the base alone."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text with an exported model, piece by piece, in onnxruntime-genai."""
@@ -897,7 +933,7 @@ def run_command(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if system is not None and not chat:
         raise ConfigError("--system needs --chat")
-    generator = TextGenerator(model)
+    generator = TextGenerator(model, adapter)
     text = prompt
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -1150,7 +1186,13 @@ def _profile(model: Path, report: BenchReport, output: Path, as_json: bool) -> N
 
 
 def _export_onnx(
-    checkpoint: Path, output: Path, target: TargetName, kernel: KernelName, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    target: TargetName,
+    kernel: KernelName,
+    keep: tuple[AdapterChoice, ...],
+    model: str | None,
+    as_json: bool,
 ) -> None:
     """Export to ONNX."""
     from deploy.export import Target, export_onnx
@@ -1163,6 +1205,8 @@ def _export_onnx(
             Target(target),
             Kernel(kernel),
             lambda step: status.update(step),
+            keep=keep,
+            model=model,
         )
     result = report.to_dict()
     _finish(
@@ -1180,6 +1224,14 @@ def _export_onnx(
             (
                 "parity",
                 f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",
+            ),
+            *(
+                (
+                    f"adapter {name}",
+                    f"changes logits by {found['adapter_effect']:.2e}; parity "
+                    f"{found['prefill_error']:.2e}, bound {found['bound']:.2e}",
+                )
+                for name, found in (result["adapters"] or {}).items()
             ),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             ("next", f"rolora run --model {output} --chat --prompt ..."),

@@ -1,4 +1,4 @@
-"""In which basis a rotated adapter is trained, and how it leaves that basis again.
+"""In which basis a rotated adapter is trained, and how an adapter leaves or enters that basis.
 
 Take one chain of equal linears, with P_n the rotation of layer n's input and Q_n that of its
 output (column vectors: x' = P_n^T x, W' = Q_n^T W P_n). A block trained there, A' and B', means
@@ -27,10 +27,13 @@ fits every linear. Plain LoRA keeps an R2 for each layer.
 
 Folding the norm gains is no rotation: the rotated model's shortcuts see normed inputs without
 gains, as the same training on the folded, unrotated model would. A merged change has no shortcut
-left, so it goes back exactly: rotate back, then take the gain of the norm out of the columns.
+left, so it goes back exactly: rotate back, then take the gain of the norm out of the columns. The
+way in is the reverse, and always there: the gain into the columns, then rotate.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -40,7 +43,7 @@ from reslora.adapter import Adapter
 from reslora.config import AdapterConfig
 from rolora.decoder import DecoderNames
 from rolora.fold import norm_gains
-from rolora.fuse import unrotate_factors
+from rolora.fuse import rotate_factors, unrotate_factors
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationPlan
 
 
@@ -122,4 +125,40 @@ def to_original_basis(
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{fqn}: factors are not finite in {dtype} in the model's own basis")
         factors[fqn] = (a, b)
+    return Adapter(adapter.config, factors)
+
+
+def to_rotated_basis(
+    adapter: Adapter,
+    plan: RotationPlan,
+    names: DecoderNames,
+    gains: Mapping[str, tuple[str, Tensor]],
+) -> Adapter:
+    """Bring a plain LoRA adapter of the model as it is into the basis of the rotated model.
+
+    With R_in and R_out the rotations of a linear's sides, s and t their scales (1 without an
+    equalization) and g the gain of the norm it reads: A' = A diag(g / s) R_in,
+    B' = R_out^T diag(t) B.
+
+    Args:
+        adapter: Without a shortcut, trained on the model before folding and rotating.
+        plan: The rotation of the model.
+        names: Parts of the decoder.
+        gains: By linear, from `norm_gains` of that model.
+
+    Returns:
+        The adapter with float64 factors, rank unchanged.
+
+    Raises:
+        ValueError: The adapter has a shortcut, or changes something that is no linear of a block.
+
+    Invariant:
+        The rotated model with it computes what the model with `adapter` computes, to rounding.
+    """
+    if adapter.config.structure is not None:
+        raise ValueError("a shortcut cannot enter a basis: merge it first (to_peft_adapter)")
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for fqn, (a, b) in adapter.factors.items():
+        folded = a.double() * gains[fqn][1] if fqn in gains else a
+        factors[fqn] = rotate_factors(folded, b, fqn, plan, names)
     return Adapter(adapter.config, factors)

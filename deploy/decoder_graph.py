@@ -5,17 +5,19 @@
 Per block: skip-norm, packed q/k/v, GroupQueryAttention with the rotary embedding inside, output
 projection, skip-norm, gate and up, SiLU (QuickGelu with alpha 1) or GELU, the online rotation R4
 where the checkpoint has one, down; in some families a norm behind output projection and down. An
-input is quantized once for all the linears that read it.
+input is quantized once for all the linears that read it. Behind a product whose linears an adapter
+changes at run time stands a branch that reads the float input (`adapter_ops`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
 
+from deploy.adapter_ops import adapter_branch
 from deploy.architecture import QueryKeyNorms, qk_norms
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
@@ -42,6 +44,7 @@ class DecoderGraph:
         checkpoint: A rotated or unrotated, quantized or float checkpoint.
         form: Which kernels and outputs the graph has.
         stored: Weights that the first graph of an export has written.
+        adapted: FQNs of linears that an adapter may change at run time.
 
     Raises:
         UnsupportedModelError: ONNX Runtime's attention cannot run the model's head size, or store
@@ -55,6 +58,7 @@ class DecoderGraph:
         checkpoint: Checkpoint,
         form: GraphForm = ONE_INTEGER_GRAPH,
         stored: Mapping[str, ir.ExternalTensor] | None = None,
+        adapted: Container[str] = (),
     ) -> None:
         rotated, head_dim = rotary_size(checkpoint.config), checkpoint.names.head_dim
         if rotated % self.head_dim_multiple or head_dim % self.head_dim_multiple:
@@ -70,6 +74,8 @@ class DecoderGraph:
         self.names = checkpoint.names
         self.computed = conventions(checkpoint.config)
         self.form = form
+        self._adapted = adapted
+        self._products = linear_products(checkpoint)
         self.graph = GraphBuilder("decoder", stored)
         norms = [(block.attention_norm, block.mlp_norm) for block in checkpoint.names.blocks]
         self._stream_norms = {checkpoint.names.final_norm, *chain.from_iterable(norms)}
@@ -240,11 +246,8 @@ class DecoderGraph:
         normed = self._rotate_stream(normed, block.output.rpartition(".")[0])
         quantized = self._quantized(block.query, normed)
         heads: list[ir.Value | None]
-        readers = [block.query, block.key, block.value]
-        formats = [
-            (stored.weight, stored.activation) for stored in map(self.checkpoint.linear, readers)
-        ]
-        if norms is not None or formats.count(formats[0]) < len(formats):
+        packed_qkv = packed_name(block)
+        if packed_qkv not in self._products:
             query = self._linear([block.query], normed, quantized, block.query)
             key = self._linear([block.key], normed, quantized, block.key)
             value = self._linear([block.value], normed, quantized, block.value)
@@ -253,7 +256,8 @@ class DecoderGraph:
                 key = self._head_norm(norms.key, key, names.num_key_value_heads)
             heads = [query, key, value]
         else:
-            packed = self._linear(readers, normed, quantized, packed_name(block))
+            readers = [block.query, block.key, block.value]
+            packed = self._linear(readers, normed, quantized, packed_qkv)
             heads = [packed, None, None]
         attended, present_key, present_value = self._attend(block, heads, past, layer)
         quantized = self._quantized(block.output, attended)
@@ -361,11 +365,26 @@ class DecoderGraph:
         *,
         half: bool = True,
     ) -> ir.Value:
-        """Add the product of linears that read one input, with the kernel of their format.
+        """Add the product of linears that read one input, and what an adapter adds to it.
 
         Where the graph is one of float16, so is the result, unless `half` is false and the product
         one of integers.
         """
+        y = self._product(fqns, x, quantized, name, half=half)
+        if not any(fqn in self._adapted for fqn in fqns):
+            return y
+        return adapter_branch(self.graph, x, y, [self.checkpoint.linear(fqn) for fqn in fqns], name)
+
+    def _product(
+        self,
+        fqns: list[str],
+        x: ir.Value,
+        quantized: QuantizedInput | None,
+        name: str,
+        *,
+        half: bool,
+    ) -> ir.Value:
+        """Add the product itself, with the kernel of the linears' format."""
         linears = [self.checkpoint.linear(fqn) for fqn in fqns]
         if quantized is not None:
             return integer_linear(
@@ -380,6 +399,25 @@ class DecoderGraph:
         if linears[0].activation is not None:
             return nbits_linear(self.graph, x, self.checkpoint, linears, name)
         return float_linear(self.graph, x, self.checkpoint, linears, name, self.dtype)
+
+
+def linear_products(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Return the products of the blocks, by name in the graph: their linears, outputs side by side.
+
+    Query, key and value are one product where they have one format and no norm stands behind them.
+    """
+    products: dict[str, tuple[str, ...]] = {}
+    norms = bool(qk_norms(checkpoint.config))
+    for block in checkpoint.names.blocks:
+        readers = (block.query, block.key, block.value)
+        formats = [(linear.weight, linear.activation) for linear in map(checkpoint.linear, readers)]
+        if norms or formats.count(formats[0]) < len(formats):
+            products |= {fqn: (fqn,) for fqn in readers}
+        else:
+            products[packed_name(block)] = readers
+        alone = (block.output, block.gate, block.up, block.down)
+        products |= {fqn: (fqn,) for fqn in alone}
+    return products
 
 
 def packed_name(block: BlockNames) -> str:

@@ -65,6 +65,14 @@ class Description:
             rows += training_rows(training)
         if labels := details.get("labels"):
             rows.append(("labels", ", ".join(labels)))
+        for name, kept in (details.get("adapters") or {}).items():
+            rows.append(
+                (
+                    f"adapter {name}",
+                    f"rank {kept['rank']}, {kept['linears']} linears, trained "
+                    f"{kept['trained']}, digest {kept['digest']}",
+                )
+            )
         for check, value in sorted(manifest.checks.items()):
             rows.append((f"check {check}", str(value)))
         if operators := details.get("operators"):

@@ -5,6 +5,7 @@
     model.onnx.data                the weights of all graphs, once
     genai_config.json              what onnxruntime-genai reads
     tokenizer.json, ...            copied from the checkpoint
+    NAME.onnx_adapter              an adapter to be swapped at run time, for each that is kept
     rolora_manifest.json           where it came from, and the parity that was measured
 
 The directory appears only after the graphs have been run and compared with the torch reference.
@@ -15,9 +16,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +27,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from deploy.adapter_files import write_adapter_file
+from deploy.adapter_ops import adapter_arrays
 from deploy.artifact import (
     MANIFEST_NAME,
     ArtifactKind,
@@ -34,14 +38,27 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
+from deploy.base_norms import base_norm_gains
 from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
 from deploy.conventions import context_length
 from deploy.cuda_operators import require_cuda_kernels
-from deploy.decoder_graph import DecoderGraph
+from deploy.decoder_graph import DecoderGraph, linear_products
 from deploy.errors import ParityError, RoloraError
 from deploy.genai_config import genai_config
 from deploy.graph_builder import stored_initializers
-from deploy.kernels import GraphForm, Kernel, graph_forms, require_offered
+from deploy.kept_adapters import (
+    AdapterChoice,
+    KeptAdapter,
+    open_kept_adapter,
+    require_base_without_adapter,
+)
+from deploy.kernels import (
+    GraphForm,
+    Kernel,
+    graph_forms,
+    require_adapters_fed,
+    require_offered,
+)
 from deploy.layer_parity import compare_layers
 from deploy.memory import peak_memory_bytes
 from deploy.parity import HALF_PERTURBATION, check_parity, parity_tokens
@@ -77,6 +94,7 @@ class ExportReport:
             "digest": self.manifest.digest,
             "parity": self.manifest.checks["parity"],
             "verified_on": self.manifest.checks.get("verified_on"),
+            "adapters": self.manifest.checks.get("adapters"),
             "operators": self.manifest.details["operators"],
             "file_bytes": sum(record.bytes for record in self.manifest.files.values()),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -89,6 +107,9 @@ def export_onnx(
     target: Target,
     kernel: Kernel = Kernel.AUTO,
     progress: Callable[[str], None] = lambda step: None,
+    *,
+    keep: Sequence[AdapterChoice] = (),
+    model: str | None = None,
 ) -> ExportReport:
     """Export a checkpoint and check the result.
 
@@ -98,18 +119,27 @@ def export_onnx(
         target: Processor whose kernels the graph addresses.
         kernel: Kernels of the quantized linears.
         progress: Called with a line for each step.
+        keep: Adapters to keep beside the base instead of merging them.
+        model: Where the checkpoint's model lies, whose norm gains adapters may need; None is where
+            it lay.
 
     Raises:
-        ConfigError: The output exists, or the target does not have the kernel.
-        StageOrderError: The directory is no checkpoint.
-        ArtifactError: A file is missing or damaged, or the disk is full.
+        ConfigError: The output exists, the target does not have the kernel, or no adapter can be
+            fed to its graphs.
+        StageOrderError: The directory is no checkpoint; or an adapter is to be kept that has
+            shortcuts, or beside a checkpoint that has one merged in.
+        ArtifactError: A file is missing or damaged, the disk is full, or an adapter is of another
+            model or basis.
         UnsupportedModelError: ONNX Runtime cannot run the model's head size, or the kernel or the
             target not its scheme.
         ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
     """
     require_offered(target, kernel)
     with Checkpoint(checkpoint_directory) as checkpoint:
+        forms = graph_forms(checkpoint, kernel, target)
+        adapters = _open_adapters(checkpoint, forms, keep, model, progress)
         parents = {"checkpoint": checkpoint.manifest.digest}
+        parents |= {f"adapter {adapter.name}": adapter.digest for adapter in adapters}
         config: dict[str, Any] = {
             "format": str(ExportFormat.ONNX),
             "target": str(target),
@@ -120,7 +150,6 @@ def export_onnx(
             return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
-            forms = graph_forms(checkpoint, kernel, target)
             context = context_length(checkpoint.config)
             whole = checkpoint.config.max_position_embeddings
             if context < whole:
@@ -128,12 +157,21 @@ def export_onnx(
                     f"the context is {context} tokens instead of {whole}: beyond that longrope "
                     f"turns all positions otherwise, and keys in a cache cannot follow"
                 )
-            operators, domains = write_graphs(checkpoint, forms, directory, progress)
+            adapted = frozenset(fqn for adapter in adapters for fqn in adapter.factors)
+            operators, domains = write_graphs(checkpoint, forms, directory, progress, adapted)
+            products = linear_products(checkpoint)
+            for adapter in adapters:
+                arrays = adapter_arrays(adapter.factors, products, checkpoint)
+                write_adapter_file(directory / adapter.file, arrays)
             write_genai_config(checkpoint, forms, directory)
             for path in sorted(checkpoint_directory.iterdir()):
                 if path.is_file() and path.name not in _NOT_COPIED:
                     shutil.copyfile(path, directory / path.name)
             checks = check_export(checkpoint, directory, forms, progress)
+            if adapters:
+                checks["adapters"] = _check_adapters(
+                    checkpoint, directory, forms, adapters, progress
+                )
             manifest = write_manifest(
                 directory,
                 Manifest(
@@ -151,10 +189,51 @@ def export_onnx(
                         "operators": operators,
                         "operator_domains": domains,
                         "context_length": context,
-                    },
+                    }
+                    | (
+                        {"adapters": {adapter.name: adapter.to_details() for adapter in adapters}}
+                        if adapters
+                        else {}
+                    ),
                 ),
             )
     return ExportReport(output, manifest, peak_memory_bytes())
+
+
+def _open_adapters(
+    checkpoint: Checkpoint,
+    forms: Sequence[GraphForm],
+    keep: Sequence[AdapterChoice],
+    model: str | None,
+    progress: Callable[[str], None],
+) -> list[KeptAdapter]:
+    """Read the adapters that are kept, in the checkpoint's basis."""
+    if not keep:
+        return []
+    require_base_without_adapter(checkpoint)
+    require_adapters_fed(forms)
+    progress("reading adapters")
+    gains = cache(partial(base_norm_gains, checkpoint, model))
+    return [open_kept_adapter(choice, checkpoint, gains) for choice in keep]
+
+
+def _check_adapters(
+    checkpoint: Checkpoint,
+    directory: Path,
+    forms: Sequence[GraphForm],
+    adapters: Sequence[KeptAdapter],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Compare an export with its checkpoint for each adapter, active on both sides."""
+    ids, reports = parity_tokens(checkpoint), {}
+    for adapter in adapters:
+        progress(f"checking parity with adapter {adapter.name}")
+        try:
+            report = check_parity(checkpoint, directory, ids, forms, adapter=adapter)
+        except ParityError as error:
+            raise ParityError(f"adapter {adapter.name}: {error}") from error
+        reports[adapter.name] = report.to_dict()
+    return reports
 
 
 def _first_departure(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> str:
@@ -170,6 +249,7 @@ def write_graphs(
     forms: Sequence[GraphForm],
     directory: Path,
     progress: Callable[[str], None] = lambda step: None,
+    adapted: Container[str] = (),
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Write the graphs and, once, the weights that they share.
 
@@ -178,6 +258,7 @@ def write_graphs(
         forms: The graphs; the first one brings the weights.
         directory: Receives the files.
         progress: Called with a line for each step.
+        adapted: FQNs of linears that an adapter may change at run time.
 
     Returns:
         How often each operator occurs, over all graphs, and how many nodes each domain has.
@@ -191,7 +272,7 @@ def write_graphs(
     for form in forms:
         progress(f"writing {form.file}")
         builder = PortableGraph if form.kernel is Kernel.QDQ else DecoderGraph
-        graph = builder(checkpoint, form, stored)
+        graph = builder(checkpoint, form, stored, adapted)
         model = graph.build_head() if form.head_only else graph.build()
         ir.save(
             model,

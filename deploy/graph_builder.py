@@ -30,6 +30,7 @@ class GraphBuilder:
         self._name = name
         self._stored = stored or {}
         self._nodes: list[ir.Node] = []
+        self._optional_inputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
@@ -62,6 +63,24 @@ class GraphBuilder:
             const_value=tensor,
         )
         self._initializers[name] = value
+        return value
+
+    def optional_input(
+        self, name: str, shape: Sequence[int | str], default: np.ndarray
+    ) -> ir.Value:
+        """Add a graph input that need not be fed: an initializer of the same name is its default.
+
+        Args:
+            name: Of both.
+            shape: Of what may be fed; a name stands for a size that is free.
+            default: Taken where nothing is fed; of a shape that fits.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        value = self._initializer(name, ir.tensor(default, name=name))
+        value.shape = ir.Shape(shape)
+        self._optional_inputs.append(value)
         return value
 
     def lazy_weight(
@@ -121,12 +140,12 @@ class GraphBuilder:
         """Return the model.
 
         Args:
-            inputs: Graph inputs, typed.
+            inputs: Graph inputs, typed; the optional ones come behind them.
             outputs: Graph outputs, typed and named.
         """
         domains = {node.domain for node in self._nodes} - {""}
         graph = ir.Graph(
-            inputs,
+            [*inputs, *self._optional_inputs],
             outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),

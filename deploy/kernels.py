@@ -28,6 +28,7 @@ A float model is the one graph of `integer`, which computes them all, as that of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -152,6 +153,27 @@ def graph_forms(
     half = target is Target.CUDA
     forms = _forms(checkpoint, kernel, linears, phases=not half)
     return tuple(replace(form, target=target, half=half) for form in forms)
+
+
+def require_adapters_fed(forms: Sequence[GraphForm]) -> None:
+    """Refuse graphs that adapters cannot be fed to at run time.
+
+    Raises:
+        ConfigError: There is a graph for prompts and another for single tokens, which
+            onnxruntime-genai feeds no adapter; or they are of float16.
+    """
+    if len([form for form in forms if not form.head_only]) > 1:
+        raise ConfigError(
+            f"--keep-adapter: with --kernel {Kernel.AUTO} this scheme has a graph for prompts and "
+            f"one for single tokens, which onnxruntime-genai feeds no adapter to; use --kernel "
+            f"{Kernel.INTEGER}"
+        )
+    if forms[0].half:
+        raise ConfigError(
+            f"--keep-adapter: --target {forms[0].target} computes in float16, adapters are kept in "
+            f"float32; use --target {Target.CPU}, {Target.CPU_AVX2}, {Target.CPU_ARM64} or "
+            f"{Target.QDQ}"
+        )
 
 
 def _require_plain(checkpoint: Checkpoint, target: Target) -> None:

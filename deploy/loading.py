@@ -9,6 +9,7 @@ not finite is an error, since transformers would go on with random or dropped we
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -96,6 +97,22 @@ def save_tokenizer(loaded: LoadedModel, directory: Path) -> None:
             f"model {loaded.name}: its tokenizer ({type(loaded.tokenizer).__name__}) has no "
             "tokenizer.json form"
         )
+    _name_for_older_readers(directory / "tokenizer_config.json")
+
+
+def _name_for_older_readers(path: Path) -> None:
+    """Spell a tokenizer's configuration so that transformers 4 reads it too, as 5 still does.
+
+    Version 5 calls the class of a bare tokenizer.json TokenizersBackend, and lists what 4 calls
+    additional special tokens under a name that there holds a mapping.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def check_model_directory(directory: Path) -> list[Path]:

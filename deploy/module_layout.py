@@ -14,7 +14,7 @@ plain one, <fqn>.table, inside a `ScaledEmbedding`. So the model's own code runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -155,9 +155,8 @@ def save_in_own_layout(model: PreTrainedModel, directory: Path) -> None:
 def adapter_in_own_layout(adapter: Adapter, config: PreTrainedConfig) -> Adapter:
     """Return a plain LoRA adapter for the linears of the model's own layout.
 
-    The change of a joined weight is [B_q A_q; B_k A_k; ...] = diag(B_q, B_k, ...) [A_q; A_k; ...],
-    of the sum of the ranks; a part that the adapter leaves alone adds rows of zeros. Adapters have
-    one rank, so the others are filled up with zeros, and alpha grows with it.
+    Joined weights take the sum of the ranks (`factors_side_by_side`). Adapters have one rank, so
+    the others are filled up with zeros, and alpha grows with it.
 
     Args:
         adapter: Without a shortcut, for a decoder in our layout.
@@ -171,15 +170,9 @@ def adapter_in_own_layout(adapter: Adapter, config: PreTrainedConfig) -> Adapter
     factors = dict(adapter.factors)
     for joined in joined_projections(config):
         pairs = [factors.pop(f"{joined.fqn}.{name}", None) for name, _ in joined.parts]
-        present = [pair for pair in pairs if pair is not None]
-        if not present:
+        if not any(pairs):
             continue
-        b = present[0][1]
-        blocks = [
-            b.new_zeros(rows, 0) if pair is None else pair[1]
-            for pair, (_, rows) in zip(pairs, joined.parts, strict=True)
-        ]
-        factors[joined.fqn] = (torch.cat([a for a, _ in present]), torch.block_diag(*blocks))
+        factors[joined.fqn] = factors_side_by_side(pairs, [rows for _, rows in joined.parts])
     rank = max(a.shape[0] for a, _ in factors.values())
     filled = {
         fqn: (
@@ -189,6 +182,48 @@ def adapter_in_own_layout(adapter: Adapter, config: PreTrainedConfig) -> Adapter
         for fqn, (a, b) in factors.items()
     }
     return Adapter(adapter.config.with_rank(rank), filled, adapter.head)
+
+
+def adapter_in_our_layout(adapter: Adapter, config: PreTrainedConfig) -> Adapter:
+    """Return an adapter of which no part is for a linear that our layout splits.
+
+    Args:
+        adapter: Without a shortcut, for the model's own layout or for ours.
+        config: Of the decoder.
+
+    Invariant:
+        The weight changes are the same: each part reads the joined A, and has its rows of B.
+    """
+    factors = dict(adapter.factors)
+    for fqn, (own, rows) in own_places(config).items():
+        if own in adapter.factors:
+            a, b = adapter.factors[own]
+            factors[fqn] = (a, b[rows])
+            factors.pop(own, None)
+    return Adapter(adapter.config, factors, adapter.head)
+
+
+def factors_side_by_side(
+    pairs: Sequence[tuple[Tensor, Tensor] | None], rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of linears that read one input as those of their joined weight.
+
+    The change of that weight is [B_q A_q; B_k A_k; ...] = diag(B_q, B_k, ...) [A_q; A_k; ...]; a
+    linear that is left alone adds rows of zeros.
+
+    Args:
+        pairs: A [rank, in] and B [out, rank] of each, at least one; None for one left alone.
+        rows: Outputs of each.
+
+    Returns:
+        A [sum of ranks, in] and B [sum of outputs, sum of ranks].
+    """
+    present = [pair for pair in pairs if pair is not None]
+    blocks = [
+        present[0][1].new_zeros(count, 0) if pair is None else pair[1]
+        for pair, count in zip(pairs, rows, strict=True)
+    ]
+    return torch.cat([a for a, _ in present]), torch.block_diag(*blocks)
 
 
 def _parts(joined: JoinedProjection) -> Iterator[tuple[str, slice]]:

@@ -30,7 +30,7 @@ the same graph code builds them, and the tests hold every family to that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from deploy.checkpoint import Checkpoint
 from deploy.conventions import context_length
 from deploy.errors import ParityError
 from deploy.exact_weights import check_exact_weights
+from deploy.kept_adapters import KeptAdapter, active_adapter
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
 from deploy.language_model import load_tokenizer
 from deploy.session import OnnxDecoder
@@ -84,6 +85,8 @@ class ParityReport:
     """The most that may be: what the scheme's own activations do to that model's logits."""
     top1_agreement: float
     """Share of all positions where both predict the same token."""
+    adapter_effect: float | None = None
+    """What an active adapter does to the reference's logits; None without one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -98,6 +101,7 @@ def check_parity(
     *,
     provider: str | None = None,
     perturbation: float = PERTURBATION,
+    adapter: KeptAdapter | None = None,
 ) -> ParityReport:
     """Compare an exported directory with its checkpoint.
 
@@ -109,6 +113,7 @@ def check_parity(
         forms: The graphs of the export.
         provider: Execution provider; None is the one that the export addresses.
         perturbation: Relative size of the noise that shows the noise floor.
+        adapter: Active on both sides; in torch as float branches beside the quantized linears.
 
     Raises:
         ParityError: An integer differs, or an error exceeds its bound.
@@ -116,12 +121,15 @@ def check_parity(
     exact = check_exact_weights(checkpoint, directory, forms)
     prompt = max(1, len(ids) - DECODE_STEPS)
     model = checkpoint.load_model()
-    expected = torch_logits(model, ids)
-    floor = noise_floor(model, checkpoint.names.embedding, ids, expected, perturbation)
     by_nbits = [form.kernel is Kernel.NBITS for form in forms if not form.head_only]
-    float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
+    without = None if adapter is None else torch_logits(model, ids)
+    with nullcontext() if adapter is None else active_adapter(model, adapter):
+        expected = torch_logits(model, ids)
+        floor = noise_floor(model, checkpoint.names.embedding, ids, expected, perturbation)
+        float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
     del model
-    with OnnxDecoder(directory, provider=provider) as decoder:
+    name = None if adapter is None else adapter.name
+    with OnnxDecoder(directory, provider=provider, adapter=name) as decoder:
         decoder.start(capacity=len(ids))
         prefill = decoder.append(ids[None, :prompt])[0]
         steps = [decoder.append(ids[None, i : i + 1])[0] for i in range(prompt, len(ids))]
@@ -144,6 +152,7 @@ def check_parity(
         float_activation_error=float_error,
         float_activation_bound=float_bound,
         top1_agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        adapter_effect=None if without is None else relative_error(expected, without),
     )
     _hold_to_bounds(report, integer_prompt=not all(by_nbits), integer_steps=not any(by_nbits))
     return report
@@ -191,7 +200,9 @@ def float_activation_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarr
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
-                hooks.callback(module.register_forward_hook(product).remove)
+                # In front of an adapter's hook, which adds to this output.
+                handle = module.register_forward_hook(product, prepend=True)
+                hooks.callback(handle.remove)
         return torch_logits(model, ids)
 
 

@@ -14,7 +14,7 @@ Query heads that share a key head are rows of one product, so no key or value is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -44,8 +44,9 @@ class PortableGraph(DecoderGraph):
         checkpoint: Checkpoint,
         form: GraphForm,
         stored: Mapping[str, ir.ExternalTensor] | None = None,
+        adapted: Container[str] = (),
     ) -> None:
-        super().__init__(checkpoint, form, stored)
+        super().__init__(checkpoint, form, stored, adapted)
         self._rounded_inputs: dict[tuple[str | None, float], ir.Value] = {}
         self._bias: dict[int | None, ir.Value] = {}
 
@@ -217,22 +218,22 @@ class PortableGraph(DecoderGraph):
         return graph.value("Concat", [left, right], f"{name}/Concat", axis=-1)
 
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
-        """Quantize nothing ahead: `_linear` rounds the input, once for all its readers."""
+        """Quantize nothing ahead: `_product` rounds the input, once for all its readers."""
         return None
 
-    def _linear(
+    def _product(
         self,
         fqns: list[str],
         x: ir.Value,
         quantized: QuantizedInput | None,
         name: str,
         *,
-        half: bool = True,
+        half: bool,
     ) -> ir.Value:
         linears = [self.checkpoint.linear(fqn) for fqn in fqns]
         spec = linears[0].activation
         if spec is None:
-            return super()._linear(fqns, x, quantized, name, half=half)
+            return super()._product(fqns, x, quantized, name, half=half)
         if spec.granularity is Granularity.TENSOR and not spec.is_float:
             x = self._rounded(fqns[0], x)
         return dequantized_linear(self.graph, x, self.checkpoint, linears, name)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnxruntime_genai as og
 
+from deploy.adapter_files import find_adapter
 from deploy.artifact import ArtifactKind, read_manifest
 from deploy.errors import ArtifactError, ConfigError
 
@@ -47,19 +48,25 @@ class TextGenerator:
 
     Args:
         directory: What `rolora export` wrote.
+        adapter: Name of the adapter that is active; None is the base alone.
 
     Raises:
-        ConfigError: No such directory.
+        ConfigError: No such directory, or the export has no such adapter.
         StageOrderError: It is no export.
         ArtifactError: onnxruntime-genai cannot load it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, adapter: str | None = None) -> None:
         read_manifest(directory, ArtifactKind.ONNX)
         self.directory = directory
+        self._adapter = adapter
+        file = None if adapter is None else find_adapter(directory, adapter)
         try:
             self._model = og.Model(str(directory))
             self._tokenizer = og.Tokenizer(self._model)
+            self._adapters = og.Adapters(self._model)
+            if file is not None:
+                self._adapters.load(str(file), adapter)
             config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
             self._context_length = int(config["model"]["context_length"])
         except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -123,6 +130,8 @@ class TextGenerator:
                 options["random_seed"] = sampling.seed
         params.set_search_options(**options)
         generator = og.Generator(self._model, params)
+        if self._adapter is not None:
+            generator.set_active_adapter(self._adapters, self._adapter)
         generator.append_tokens(prompt_ids)
         while not generator.is_done():
             generator.generate_next_token()

@@ -22,6 +22,7 @@ from typing import Self
 import numpy as np
 import onnxruntime as ort
 
+from deploy.adapter_files import find_adapter, read_adapter_file
 from deploy.errors import ArtifactError, ConfigError
 
 GRAPH_NAME = "model.onnx"
@@ -53,10 +54,12 @@ class OnnxDecoder:
         profiles: Directory that receives ONNX Runtime's record of every operator; see
             `end_profiling`.
         provider: Execution provider; None is the one that the export addresses.
+        adapter: Name of the adapter that is active; None is the base alone.
 
     Raises:
         ArtifactError: A file is missing or ONNX Runtime cannot load the graph.
-        ConfigError: The installed ONNX Runtime does not have the provider.
+        ConfigError: The installed ONNX Runtime does not have the provider, or the export not the
+            adapter.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class OnnxDecoder:
         threads: int | None = None,
         profiles: Path | None = None,
         provider: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         try:
             described = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))
@@ -96,6 +100,10 @@ class OnnxDecoder:
                 f"has {', '.join(ort.get_available_providers())}); install onnxruntime-gpu on a "
                 f"machine with an NVIDIA GPU, or export with --target cpu"
             )
+        # ONNX Runtime ignores RunOptions.add_active_adapter where inputs are bound.
+        self._adapter: dict[str, ort.OrtValue] = (
+            {} if adapter is None else read_adapter_file(find_adapter(directory, adapter))
+        )
         self._prompt_name = PROMPT_NAME if phased else GRAPH_NAME
         self._prompt = self._open(self._prompt_name)
         self._token = self._open(TOKEN_NAME) if phased else self._prompt
@@ -270,6 +278,8 @@ class OnnxDecoder:
         """Bind the inputs, and the cache as input and output."""
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
         binding.bind_cpu_input("attention_mask", mask.astype(np.int64))
+        for name, factor in self._adapter.items():
+            binding.bind_ortvalue_input(name, factor)
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             binding.bind_ortvalue_output(f"present.{name}", buffer)
@@ -284,6 +294,7 @@ class OnnxDecoder:
         }
         given = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tokens.items()}
         given |= {f"past_key_values.{name}": value for name, value in self._cache.items()}
+        given |= self._adapter
         names = list(self._cache)
         wanted = [output, *(f"present.{name}" for name in names)]
         found, *presents = session.run_with_ort_values(wanted, given)

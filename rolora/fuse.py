@@ -140,14 +140,13 @@ def unrotate_delta(delta: Tensor, fqn: str, plan: RotationPlan, names: DecoderNa
     delta = delta.double()
     for entry in _offline_entries(fqn, plan, names):
         delta = remove_from_weight(delta, entry.side, plan.find(entry.rotation, entry.layer))
-    before, behind = _scales_of(fqn, plan, names)
-    return scale_delta(delta, *(None if each is None else 1.0 / each for each in (before, behind)))
+    return scale_delta(delta, *_inverse_scales_of(fqn, plan, names))
 
 
-def unrotate_factors(
+def rotate_factors(
     a: Tensor, b: Tensor, fqn: str, plan: RotationPlan, names: DecoderNames
 ) -> tuple[Tensor, Tensor]:
-    """Do to B A what `unrotate_delta` does to a change, factor by factor: the rank stays.
+    """Do to B A what `rotate_delta` does to a change, factor by factor: the rank stays.
 
     Args:
         a: Floating [rank, in].
@@ -162,6 +161,21 @@ def unrotate_factors(
     Raises:
         ValueError: As `rotate_delta`.
     """
+    before, behind = _scales_of(fqn, plan, names)
+    a, b = scale_delta(a, before, None), scale_delta(b, None, behind)
+    for entry in _offline_entries(fqn, plan, names):
+        rotation = plan.find(entry.rotation, entry.layer)
+        if entry.side is Side.INPUT:
+            a = fuse_into_weight(a, Side.INPUT, rotation)
+        else:
+            b = fuse_into_weight(b, Side.OUTPUT, rotation)
+    return a, b
+
+
+def unrotate_factors(
+    a: Tensor, b: Tensor, fqn: str, plan: RotationPlan, names: DecoderNames
+) -> tuple[Tensor, Tensor]:
+    """Undo `rotate_factors`."""
     a, b = a.double(), b.double()
     for entry in _offline_entries(fqn, plan, names):
         rotation = plan.find(entry.rotation, entry.layer)
@@ -169,14 +183,21 @@ def unrotate_factors(
             a = remove_from_weight(a, Side.INPUT, rotation)
         else:
             b = remove_from_weight(b, Side.OUTPUT, rotation)
-    before, behind = _scales_of(fqn, plan, names)
-    return (a if before is None else a * before), (b if behind is None else b / behind[:, None])
+    before, behind = _inverse_scales_of(fqn, plan, names)
+    return scale_delta(a, before, None), scale_delta(b, None, behind)
 
 
 def _scales_of(
     fqn: str, plan: RotationPlan, names: DecoderNames
 ) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if plan.equalization is None else plan.equalization.of_linear(fqn, names)
+
+
+def _inverse_scales_of(
+    fqn: str, plan: RotationPlan, names: DecoderNames
+) -> tuple[Tensor | None, Tensor | None]:
+    before, behind = _scales_of(fqn, plan, names)
+    return (None if before is None else 1.0 / before), (None if behind is None else 1.0 / behind)
 
 
 def _offline_entries(fqn: str, plan: RotationPlan, names: DecoderNames) -> list[Application]:

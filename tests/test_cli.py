@@ -595,6 +595,28 @@ def test_a_kernel_that_a_target_lacks_is_refused_before_anything_is_read(
     assert (plain["target"], plain["kernel"]) == ("cpu", "auto")
 
 
+def test_adapters_are_kept_by_name_and_selected_by_it(
+    terminal: Terminal, base: Path, tmp_path: Path
+) -> None:
+    command = ("export", "--checkpoint", base / "checkpoint", "--output", tmp_path / "out")
+    for options, said in (
+        (("--model", "m"), "--model needs --keep-adapter"),
+        (("--keep-adapter", "a", "--format", "compressed-tensors"), "only --format onnx has"),
+        (("--keep-adapter", "x/a", "--keep-adapter", "y/a"), "is the name of two adapters"),
+    ):
+        refused = terminal(*command, *options)
+        assert (refused.code, said in refused.err) == (2, True), refused.err
+    resolved = json.loads(terminal(*command, "--keep-adapter", "one=x/a", "--dry-run").out)
+    assert resolved["keep_adapter"] == {"one": "x/a"}
+    exported = terminal(*command, "--keep-adapter", f"one={base / 'adapter'}")
+    assert (exported.code, "changes logits by" in exported.out) == (0, True), exported.err
+    run = ("run", "--model", tmp_path / "out", "--prompt", "x", "--max-new-tokens", "6", "--json")
+    plain, adapted = (json.loads(terminal(*run, *name).out) for name in ((), ("--adapter", "one")))
+    assert plain["text"] != adapted["text"]
+    refused = terminal(*run, "--adapter", "two")
+    assert (refused.code, "has no adapter 'two', it has one" in refused.err) == (2, True)
+
+
 def test_an_export_for_other_programs_warns_of_what_they_must_do(
     terminal: Terminal, base: Path, tmp_path: Path
 ) -> None:

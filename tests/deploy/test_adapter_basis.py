@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploy.adapter_basis import draw_adapter_basis, to_original_basis
+from deploy.adapter_basis import draw_adapter_basis, to_original_basis, to_rotated_basis
 from deploy.architecture import decoder_names
 from deploy.module_layout import to_our_layout
 from reslora.adapter import Adapter
 from reslora.attach import attach_adapters
 from reslora.config import AdapterConfig, Structure
 from reslora.merge import MergeMethod, merge_adapter
-from rolora.fold import fold_norm_gains, untie_head
+from rolora.fold import fold_norm_gains, norm_gains, untie_head
 from rolora.fuse import fuse_rotations, unrotate_factors
 from rolora.kv_attention import use_codecs
 from rolora.online import install_online_rotations
@@ -156,6 +156,29 @@ def test_a_merged_adapter_leaves_its_basis_exactly(any_model_type: str, tied: bo
         ]
     assert errors[0] < 1e-10
     assert min(errors[1:]) > 1e-2
+
+
+def test_an_adapter_comes_back_from_a_rotated_basis_as_it_went_in(any_model_type: str) -> None:
+    model = double_model(any_model_type)
+    names = decoder_names(model.config)
+    plan = RotationPlan.draw(names, ALL, RotationKind.ORTHOGONAL, 5)
+    factors = random_factors(model, list(names.linears()))
+    adapter = Adapter(AdapterConfig(rank=2), factors)
+    rotated = to_rotated_basis(adapter, plan, names, norm_gains(model, names))
+    back = to_original_basis(rotated, plan, names, model)
+    for fqn, pair in factors.items():
+        for found, moved, expected in zip(
+            back.factors[fqn], rotated.factors[fqn], pair, strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+            assert moved.dtype == torch.float64
+        assert not torch.allclose(rotated.factors[fqn][0], pair[0], atol=1e-3), fqn
+    without_gains = to_rotated_basis(adapter, plan, names, {})
+    block = names.blocks[1]
+    assert not torch.allclose(without_gains.factors[block.up][0], rotated.factors[block.up][0])
+    linked = Adapter(AdapterConfig(rank=2, structure=Structure.BLOCK), factors)
+    with pytest.raises(ValueError, match="merge it first"):
+        to_rotated_basis(linked, plan, names, {})
 
 
 def test_what_cannot_leave_its_basis_is_refused(tmp_path: Path) -> None:

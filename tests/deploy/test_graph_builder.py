@@ -53,6 +53,29 @@ def test_lazy_weights_are_read_while_the_model_is_saved_and_the_graph_runs(tmp_p
     np.testing.assert_array_equal(session.run(["y"], {"x": given})[0], given @ weight + 0.5)
 
 
+def test_an_optional_input_takes_its_default_where_nothing_is_fed(tmp_path: Path) -> None:
+    graph = GraphBuilder("g")
+    x = graph_value("x", ir.DataType.FLOAT, ("rows", 2))
+    a = graph.optional_input("a", (2, "rank"), np.zeros((2, 0), np.float32))
+    b = graph.optional_input("b", ("rank", 3), np.zeros((0, 3), np.float32))
+    y = graph.value("MatMul", [graph.value("MatMul", [x, a], "inner"), b], "outer")
+    ir.save(
+        graph.build([x], [name_output(y, "y", ir.DataType.FLOAT, ("rows", 3))]),
+        tmp_path / "m.onnx",
+    )
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert [value.name for value in session.get_overridable_initializers()] == ["a", "b"]
+    given = np.ones((4, 2), np.float32)
+    np.testing.assert_array_equal(session.run(["y"], {"x": given})[0], np.zeros((4, 3)))
+    for rank in (1, 5):
+        feeds = {"x": given, "a": np.ones((2, rank), np.float32)}
+        feeds["b"] = np.ones((rank, 3), np.float32)
+        np.testing.assert_array_equal(session.run(["y"], feeds)[0], np.full((4, 3), 2 * rank))
+    with pytest.raises(ValueError, match="'a' is added twice"):
+        graph.optional_input("a", (2,), np.zeros(2, np.float32))
+
+
 def test_absent_inputs_and_outputs_have_empty_names() -> None:
     graph = GraphBuilder("g")
     x = graph_value("x", ir.DataType.FLOAT, (2,))

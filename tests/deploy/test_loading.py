@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, PreTrainedModel
+from transformers import AutoTokenizer, GPT2Config, PreTrainedModel
 
 from deploy import gguf_files
 from deploy.artifact import ArtifactKind, Manifest, write_manifest
@@ -273,6 +273,25 @@ def test_the_tokenizer_keeps_its_template_and_generation_config(
     )
     assert text == "<|user|>hällo<eos><|assistant|>"
     assert loaded.tokenizer.decode(loaded.tokenizer(text)["input_ids"]) == text
+
+
+def test_a_saved_tokenizer_is_spelled_for_transformers_4_too(
+    save_tiny_model: SaveTinyModel, tmp_path: Path
+) -> None:
+    model = save_tiny_model()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "TokenizersBackend"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_model(model)
+    save_tokenizer(loaded, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in saved
+    assert saved["additional_special_tokens"] == ["<|user|>", "<|assistant|>", "<|system|>"]
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.all_special_tokens == loaded.tokenizer.all_special_tokens
+    text = "<|user|>hällo<eos>"
+    assert again(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
 
 
 def test_our_own_artifacts_and_adapters_say_which_command_takes_them(tmp_path: Path) -> None:

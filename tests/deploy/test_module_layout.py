@@ -21,6 +21,7 @@ from deploy.loading import load_model
 from deploy.merge import Destination, MergeSettings, merge
 from deploy.module_layout import (
     JoinedLinear,
+    adapter_in_our_layout,
     adapter_in_own_layout,
     own_places,
     save_in_own_layout,
@@ -121,6 +122,26 @@ def test_a_part_that_an_adapter_leaves_alone_stays_as_it_is() -> None:
     torch.testing.assert_close(b @ a, torch.cat([q, torch.zeros(16, 32), v]))
     a, b = own.factors[block.output]
     torch.testing.assert_close(b @ a, factors[block.output][1] @ factors[block.output][0])
+
+
+def test_an_adapter_of_the_own_layout_is_split_as_its_linears_are() -> None:
+    model = build_tiny_model("phi3")
+    own_fqns = [joined.fqn for joined in joined_projections(model.config)][:2]
+    linears = {fqn: model.get_submodule(fqn) for fqn in own_fqns}
+    factors = {
+        fqn: (torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2))
+        for fqn, linear in linears.items()
+    }
+    split = adapter_in_our_layout(Adapter(AdapterConfig(rank=2), factors), model.config)
+    to_our_layout(model)
+    for fqn, (a, b) in factors.items():
+        parts = [name for name in split.factors if name.startswith(f"{fqn}.")]
+        assert len(parts) == len(list(model.get_submodule(fqn).children()))
+        changes = [split.factors[part][1] @ split.factors[part][0] for part in parts]
+        torch.testing.assert_close(torch.cat(changes), b @ a)
+        assert fqn not in split.factors
+    again = adapter_in_our_layout(split, model.config)
+    assert again.factors.keys() == split.factors.keys()
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4"])

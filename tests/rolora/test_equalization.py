@@ -15,7 +15,13 @@ from torch import Tensor
 from rolora.equalization import TENSOR_NAMES, Equalization, equalize_model, scale_delta
 from rolora.equalization_walk import EqualizationWalk
 from rolora.fold import fold_norm_gains, norm_gain, untie_head
-from rolora.fuse import fuse_rotations, rotate_delta, unrotate_delta, unrotate_factors
+from rolora.fuse import (
+    fuse_rotations,
+    rotate_delta,
+    rotate_factors,
+    unrotate_delta,
+    unrotate_factors,
+)
 from rolora.online import install_online_rotations
 from rolora.rotation import (
     DEFAULT_ROTATIONS,
@@ -260,9 +266,10 @@ def test_changes_of_weights_go_into_the_basis_and_back(make_decoder: MakeDecoder
         torch.testing.assert_close(unrotate_delta(there, fqn, plan, names), b @ a)
         own_a, own_b = unrotate_factors(a, b, fqn, plan, names)
         torch.testing.assert_close(rotate_delta(own_b @ own_a, fqn, plan, names), b @ a)
-        assert not torch.allclose(
-            rotate_delta(b @ a, fqn, replace(plan, equalization=None), names), there
-        )
+        new_a, new_b = rotate_factors(a, b, fqn, plan, names)
+        torch.testing.assert_close(new_b @ new_a, there)
+        unscaled = replace(plan, equalization=None)
+        assert not torch.allclose(rotate_delta(b @ a, fqn, unscaled, names), there)
 
 
 def test_a_change_is_scaled_as_its_weight_is(make_decoder: MakeDecoder) -> None:
