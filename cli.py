@@ -560,7 +560,8 @@ def merge_rotate_quantize_command(
         StaticName | None,
         typer.Option(
             help="Calibrated scales after norms; auto: where they cost no more than per-token "
-            "ones; all: for every input, as --target qdq needs. Default: yes if R1 is used."
+            "ones; all: for every input, as --target qdq needs. Default: yes if R1 is used and "
+            "channels are not scaled."
         ),
     ] = None,
     override: Annotated[
@@ -629,6 +630,7 @@ def merge_rotate_quantize_command(
             head_bits=head_bits,
             asymmetric=activation_symmetry is SymmetryName.ASYMMETRIC,
             activation_group_size=activation_group_size,
+            equalize=equalize,
         )
         overrides = tuple(Override.parse(text) for text in override or ())
         budget = None if mixed_precision is None else Budget.parse(mixed_precision)

@@ -73,23 +73,26 @@ def choose_recipe(
     head_bits: int = 8,
     asymmetric: bool = False,
     activation_group_size: int | None = None,
+    equalize: bool | None = None,
 ) -> QuantizationRecipe | None:
     """Fill in what the user left open; None for FP32.
 
     Args:
         scheme: `W8A8`, `W4A4` ... or `FP32`.
-        rotation: The user's choice; static scales pay where R1 spreads the outliers.
+        rotation: The user's choice; static scales pay where R1 spreads the outliers and leaves all
+            tokens equally loud.
         weights: `rtn` or `gptq`.
         group_size: Of the block weights.
         clip_search: Search the clipping point of weight scales.
         activation_clip: Of per-token scales; None is that of the bits; `auto`
             is searched for each input.
-        static: Calibrated scales after norms; None is yes if R1 is used; `auto` is chosen for each
-            input; `all` is yes, and for the inputs behind no norm too.
+        static: Calibrated scales after norms; None is yes if R1 is used without channel scales;
+            `auto` is chosen for each input; `all` is yes, and for the inputs behind no norm too.
         embedding_bits: 4, 8 or 32.
         head_bits: 4, 8 or 32.
         asymmetric: Per-token inputs with zero points.
         activation_group_size: Input columns that share an activation scale.
+        equalize: Channel scales; None is yes for inputs of few bits.
 
     Raises:
         ValueError: The scheme is unknown or a value is out of range.
@@ -98,18 +101,24 @@ def choose_recipe(
         return None
     parsed = Scheme.parse(scheme)
     rotated = rotation is None or RotationName.R1 in rotation.names
+    scaled = equalizes_by_default(parsed) if equalize is None else equalize
     return QuantizationRecipe(
         parsed,
         weights=WeightMethod(weights),
         group_size=group_size,
         clip_search=clip_search,
         activation_clip=activation_clip,
-        static_after_norm=rotated if static is None else static,
+        static_after_norm=rotated and not scaled if static is None else static,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
         asymmetric=asymmetric,
         activation_group_size=activation_group_size,
     )
+
+
+def equalizes_by_default(scheme: Scheme) -> bool:
+    """Return whether channel scales pay: R1 at run time costs what 8 bits have no need of."""
+    return scheme.activation_bits <= EQUALIZED_BITS
 
 
 def parse_activation_clip(text: str | None) -> float | Literal["auto"] | None:
@@ -196,11 +205,6 @@ class CheckpointSettings:
                 f"--scheme {float_scheme} leaves every block in float: use {FLOAT_SCHEME}, or name "
                 f"the linears to quantize with --override"
             )
-
-    @property
-    def equalizes_by_default(self) -> bool:
-        """Whether scales pay: their rotation at run time costs what 8 bits have no need of."""
-        return self.recipe is not None and self.recipe.scheme.activation_bits <= EQUALIZED_BITS
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""

@@ -41,6 +41,7 @@ from deploy.checkpoint_settings import (
     CheckpointSettings,
     RotationChoice,
     default_rotations,
+    equalizes_by_default,
 )
 from deploy.decoder_source import DecoderSource, open_decoder
 from deploy.equalize import measure_equalization, restored_scales
@@ -266,7 +267,8 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
         ConfigError: The user asked for scales where there can be none.
     """
     if settings.equalize is None:
-        return is_fresh and plan is not None and settings.equalizes_by_default
+        few_bits = settings.recipe is not None and equalizes_by_default(settings.recipe.scheme)
+        return few_bits and is_fresh and plan is not None
     if settings.equalize and plan is None:
         raise ConfigError("--equalize needs a rotation behind the scales: leave --rotate out")
     if settings.equalize and not is_fresh:

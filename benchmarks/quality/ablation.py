@@ -3,7 +3,7 @@
     python benchmarks/quality/ablation.py measure --text WIKI_VALID --calibration WIKI_TRAIN
     python benchmarks/quality/ablation.py table
 
-From weights and inputs rounded as they are, each step adds one thing: R1, R2, R4, clipped inputs,
+From weights and inputs (scaled per token) rounded as they are, each step adds one thing: R1, R2, R4, clipped inputs,
 channel scales, GPTQ. Checkpoints of the demo model are measured in torch, with the integers of an
 export, on windows of 1,024 tokens, against the float32 model. A cell in --output is not measured
 again.
@@ -85,7 +85,11 @@ def run(step: Step, seed: int, arguments: argparse.Namespace) -> float:
     """Quantize with a step's settings and return the perplexity."""
     rotation = parse_rotation(step.rotate, RotationKind.HADAMARD, seed)
     recipe = choose_recipe(
-        arguments.scheme, rotation=rotation, weights=step.weights, activation_clip=step.clip
+        arguments.scheme,
+        rotation=rotation,
+        weights=step.weights,
+        activation_clip=step.clip,
+        static=False,
     )
     settings = CheckpointSettings(
         DEMO_MODEL,

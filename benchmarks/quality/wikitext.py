@@ -111,6 +111,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         rotation=rotation,
         weights=case.weights,
         group_size=case.group_size,
+        equalize=case.equalize,
         **case.options,
     )
     settings = CheckpointSettings(

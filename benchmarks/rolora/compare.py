@@ -119,6 +119,7 @@ def quantize(
 ) -> None:
     """Merge, rotate and quantize."""
     bits, weights = SCHEMES[scheme]
+    scaled = order == "aware"
     rotation: RotationChoice | None = None  # the adapter's own, or a fresh one
     if order == "plain":
         rotation = parse_rotation("none", RotationKind.HADAMARD, 0)
@@ -127,9 +128,9 @@ def quantize(
         adapter,
         MergeMethod.EXACT,
         rotation,
-        choose_recipe(bits, rotation=rotation, weights=weights),
+        choose_recipe(bits, rotation=rotation, weights=weights, equalize=scaled),
         arguments.calibration,
-        equalize=order == "aware",
+        equalize=scaled,
     )
     merge_rotate_quantize(settings, output)
 

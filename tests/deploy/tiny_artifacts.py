@@ -67,7 +67,7 @@ def make_checkpoint(
         adapter=adapter,
         merge=merge,
         rotation=rotation,
-        recipe=choose_recipe(scheme, rotation=rotation, **recipe),
+        recipe=choose_recipe(scheme, rotation=rotation, equalize=equalize, **recipe),
         calibration=None,
         calibration_windows=windows,
         calibration_tokens=64,
