@@ -3,10 +3,10 @@
     python benchmarks/quality/ablation.py measure --text WIKI_VALID --calibration WIKI_TRAIN
     python benchmarks/quality/ablation.py table
 
-From weights and inputs (scaled per token) rounded as they are, each step adds one thing: R1, R2, R4, clipped inputs,
-channel scales, GPTQ. Checkpoints of the demo model are measured in torch, with the integers of an
-export, on windows of 1,024 tokens, against the float32 model. A cell in --output is not measured
-again.
+From weights and inputs rounded as they are, each step adds one thing: R1, R2, R4, clipped inputs,
+channel scales, GPTQ. Inputs have a scale a token throughout. Checkpoints of the demo model are
+measured in torch, with the integers of an export, on windows of 1,024 tokens, against the float32
+model. A cell in --output is not measured again.
 """
 
 from __future__ import annotations
