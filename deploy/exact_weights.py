@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.blocked_weights import blocked_layout, unpack_blocks
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import StoredLinear
 from deploy.decoder_graph import packed_name
 from deploy.errors import ParityError
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel

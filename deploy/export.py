@@ -34,7 +34,8 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.conventions import context_length
 from deploy.cuda_operators import require_cuda_kernels
 from deploy.decoder_graph import DecoderGraph

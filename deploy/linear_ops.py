@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.blocked_weights import block_scales, blocked_layout, integer_weight, pack_blocks
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
 from deploy.graph_builder import MICROSOFT, GraphBuilder
 from deploy.input_ops import QuantizedInput
 
@@ -34,7 +34,7 @@ WEIGHT_SHIFT = 128
 def integer_linear(
     graph: GraphBuilder,
     x: QuantizedInput,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     *,
@@ -120,7 +120,7 @@ def _fused_product(
 
 def _column_weight(
     graph: GraphBuilder,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     *,
@@ -135,7 +135,7 @@ def _column_weight(
 
 def stored_columns(
     graph: GraphBuilder,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     *,
@@ -172,7 +172,7 @@ def stored_columns(
 def nbits_linear(
     graph: GraphBuilder,
     x: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
 ) -> ir.Value:
@@ -218,7 +218,7 @@ def nbits_linear(
 def float_linear(
     graph: GraphBuilder,
     x: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     dtype: ir.DataType = ir.DataType.FLOAT,
@@ -238,7 +238,7 @@ def float_linear(
 def _add_bias(
     graph: GraphBuilder,
     y: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     dtype: ir.DataType = ir.DataType.FLOAT,
@@ -250,7 +250,7 @@ def _add_bias(
     return graph.value("Add", [y, graph.weight(f"{name}.bias", ir.tensor(bias))], f"{name}/Add")
 
 
-def concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> np.ndarray | None:
+def concatenated_bias(checkpoint: AnyCheckpoint, linears: list[StoredLinear]) -> np.ndarray | None:
     """Return the biases side by side, zeros where a linear has none; None if all have none."""
     if not any(linear.has_bias for linear in linears):
         return None
