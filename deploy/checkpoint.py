@@ -56,7 +56,7 @@ class Checkpoint(CheckpointReader[DecoderNames]):
     """
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
-        super().__init__(directory, decoder_names, verify=verify)
+        super().__init__(directory, lambda config, _: decoder_names(config), verify=verify)
         self.kv_bits = _kv_bits_from_details(self.manifest.details, directory)
         self.rotation: RotationPlan | None = load_rotation(directory, self.manifest)
 

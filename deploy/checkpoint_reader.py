@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from deploy.artifact import ArtifactKind, read_manifest, verify_files
+from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
 from deploy.errors import ArtifactError
 from rolora.blocks import BlockStack
 from rolora.layer_plan import LayerPlan
@@ -51,7 +51,7 @@ class CheckpointReader(Generic[Names]):
 
     Args:
         directory: A directory that `merge-rotate-quantize` wrote.
-        name_parts: Names the parts of the model, given its config.
+        name_parts: Names the parts of the model, given its config and the manifest.
         verify: Compare every file with the manifest's sha256 first.
 
     Raises:
@@ -63,7 +63,7 @@ class CheckpointReader(Generic[Names]):
     def __init__(
         self,
         directory: Path,
-        name_parts: Callable[[PretrainedConfig], Names],
+        name_parts: Callable[[PretrainedConfig, Manifest], Names],
         *,
         verify: bool = True,
     ) -> None:
@@ -72,7 +72,7 @@ class CheckpointReader(Generic[Names]):
         if verify:
             verify_files(directory)
         self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-        self.names: Names = name_parts(self.config)
+        self.names: Names = name_parts(self.config, self.manifest)
         self._formats = _formats_from_details(self.manifest.details, directory)
         self._files = ExitStack()
         try:
