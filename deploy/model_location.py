@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from deploy.errors import ConfigError, RoloraError
@@ -58,14 +58,14 @@ def locate_model(reference: str | Path) -> LocatedModel:
     raise ConfigError(f"model {text}: no such file or directory; give {LOCAL_OPTIONS}, or a hub id")
 
 
-def is_encoder(reference: str | Path) -> bool:
+def is_encoder(reference: str | Path, *, fetch: bool = True) -> bool:
     """Tell whether a model, checkpoint or merged model is an encoder, by its config.json alone.
 
-    Of a hub id that file is fetched, if it is not here yet. Where there is none the answer is no,
-    and whoever opens the model says what is wrong.
+    Where there is none the answer is no, and whoever opens the model says what is wrong.
 
     Args:
         reference: See `locate_model`.
+        fetch: Download that file of a hub id, if it is not here yet.
     """
     text = str(reference)
     path = Path(text).expanduser()
@@ -75,7 +75,12 @@ def is_encoder(reference: str | Path) -> bool:
         if path.is_dir():
             config = read_model_config(path)
         elif not path.exists() and text != DEMO_MODEL and HUB_ID.fullmatch(text):
-            config = read_model_config(Path(hf_hub_download(text, CONFIG_NAME)).parent)
+            cached = try_to_load_from_cache(text, CONFIG_NAME)
+            if not isinstance(cached, str):
+                if not fetch:
+                    return False
+                cached = hf_hub_download(text, CONFIG_NAME)
+            config = read_model_config(Path(cached).parent)
         else:
             return False
     except (RoloraError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
