@@ -40,7 +40,7 @@ def test_texts_are_read_with_their_marks_and_cut(
     monkeypatch.setattr(deploy.encoder_calibration, "CALIBRATION_TEXTS", 1)
     (only,) = text_batches(loaded, str(text), token_limit=12)
     assert torch.equal(only["input_ids"], batches[0]["input_ids"])
-    with pytest.raises(ConfigError, match="none.jsonl: no such file"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
         text_batches(loaded, str(tmp_path / "none.jsonl"), token_limit=12)
 
 
