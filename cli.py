@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -213,6 +214,9 @@ MERGE_HELP = (
 )
 CALIBRATION_HELP = (
     "Calibration text: JSONL(.gz) or text file, or hub id. Default: a sample of ours."
+)
+TASK_CALIBRATION_HELP = (
+    f"{CALIBRATION_HELP} Of a classifier: labelled rows; default: those of its adapter's training."
 )
 ROTATION_HELP = "Take the rotation of this artifact, such as learn-rotation wrote."
 GROUP_HELP = "Input columns that share a weight scale; needs A8. Default: whole channels."
@@ -463,7 +467,7 @@ def merge_command(
     dtype: Annotated[
         DtypeName, typer.Option(help="Numbers that are written; the arithmetic is float64.")
     ] = DtypeName.FLOAT32,
-    calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
+    calibration: Annotated[str | None, typer.Option(help=TASK_CALIBRATION_HELP)] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -504,7 +508,9 @@ def merge_command(
 
 @app.command("merge-rotate-quantize")
 def merge_rotate_quantize_command(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    model: Annotated[
+        str, typer.Option(help=f"{MODEL_HELP} Or an encoder (bert, roberta), as minilm-l6 is.")
+    ],
     scheme: Annotated[
         str,
         typer.Option(
@@ -579,7 +585,12 @@ def merge_rotate_quantize_command(
         ),
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="4, 8, or 32 for float.")] = 8,
-    head_bits: Annotated[int, typer.Option(help="4, 8, or 32 for float.")] = 8,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="4, 8, or 32 for float. Default: 8; an encoder's pooler and classifier are float."
+        ),
+    ] = None,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
     equalize: Annotated[
         bool | None,
@@ -589,7 +600,7 @@ def merge_rotate_quantize_command(
             "then acts at run time. Default: yes for activations of 4 or 6 bits.",
         ),
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
+    calibration: Annotated[str | None, typer.Option(help=TASK_CALIBRATION_HELP)] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -604,6 +615,7 @@ def merge_rotate_quantize_command(
     """Merge an adapter, rotate outliers away, and quantize weights and activations."""
     from deploy.checkpoint_settings import (
         CheckpointSettings,
+        RotationChoice,
         choose_recipe,
         parse_activation_clip,
         parse_rotation,
@@ -611,12 +623,20 @@ def merge_rotate_quantize_command(
     )
     from deploy.describe import merge_rows
     from deploy.merge_rotate_quantize import merge_rotate_quantize
+    from deploy.model_location import is_encoder
+    from deploy.quantize_encoder import quantize_encoder
     from reslora.merge import MergeMethod
     from rolora.mixed_precision import Budget
     from rolora.overrides import Override
     from rolora.rotation import RotationKind
+    from rolora.scheme import FLOAT_BITS
 
     choice = parse_rotation(rotate, RotationKind(rotation_kind), rotation_seed, kv_bits)
+    encoder = is_encoder(model, fetch=not dry_run)
+    if encoder and choice is None:
+        choice = RotationChoice(frozenset())
+    if head_bits is None:
+        head_bits = FLOAT_BITS if encoder else 8
     with _bad_values():
         recipe = choose_recipe(
             scheme,
@@ -654,12 +674,12 @@ def merge_rotate_quantize_command(
         return
     with _layer_bar() as bar:
         task = bar.add_task("starting", total=None)
-        report = merge_rotate_quantize(
+        quantize = quantize_encoder if encoder else partial(merge_rotate_quantize, resume=resume)
+        report = quantize(
             settings,
             output,
             lambda step: bar.update(task, description=step),
             lambda done, total: bar.update(task, completed=done, total=total),
-            resume=resume,
         )
     result = report.to_dict()
     _finish(
@@ -997,7 +1017,7 @@ def evaluate_command(
                 f"--tasks {tasks!r}: classification stands alone, needs --data with labelled rows, "
                 "and takes no --reference and no --limit"
             )
-        _evaluate_classification(model, adapter, data, as_json)
+        _evaluate_classification(model, adapter, data, threads, as_json)
         return
     from deploy.evaluation import EvaluationSettings, parse_tasks, result_lines, run_evaluation
 
@@ -1197,20 +1217,29 @@ def _export_onnx(
     as_json: bool,
 ) -> None:
     """Export to ONNX."""
+    from deploy.encoder_export import export_encoder
     from deploy.export import Target, export_onnx
     from deploy.kernels import Kernel
+    from deploy.model_location import is_encoder
 
+    encoder = is_encoder(checkpoint)
+    if encoder and (keep or model):
+        raise ConfigError(
+            f"{checkpoint}: --keep-adapter and --model are for decoders; merge an "
+            f"encoder's adapter with rolora merge-rotate-quantize --adapter"
+        )
     with stderr.status("starting") as status:
-        report = export_onnx(
-            checkpoint,
-            output,
-            Target(target),
-            Kernel(kernel),
-            lambda step: status.update(step),
-            keep=keep,
-            model=model,
+        chosen = (checkpoint, output, Target(target), Kernel(kernel))
+        report = (
+            export_encoder(*chosen, status.update)
+            if encoder
+            else export_onnx(*chosen, status.update, keep=keep, model=model)
         )
     result = report.to_dict()
+    parity = result["parity"]
+    following = f"rolora run --model {output} --chat --prompt ..."
+    if encoder:
+        following = f"rolora evaluate --tasks classification --model {output} --data ..."
     _finish(
         result,
         as_json,
@@ -1225,7 +1254,8 @@ def _export_onnx(
             ),
             (
                 "parity",
-                f"{result['parity']['prefill_error']:.2e}, bound {result['parity']['bound']:.2e}",
+                f"{parity['hidden_error' if encoder else 'prefill_error']:.2e}, "
+                f"bound {parity['bound']:.2e}",
             ),
             *(
                 (
@@ -1236,7 +1266,7 @@ def _export_onnx(
                 for name, found in (result["adapters"] or {}).items()
             ),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
-            ("next", f"rolora run --model {output} --chat --prompt ..."),
+            ("next", following),
         ],
     )
 
@@ -1273,13 +1303,19 @@ def _export_compressed(checkpoint: Path, output: Path, as_json: bool) -> None:
         )
 
 
-def _evaluate_classification(model: str, adapter: Path | None, data: str, as_json: bool) -> None:
+def _evaluate_classification(
+    model: str, adapter: Path | None, data: str, threads: int | None, as_json: bool
+) -> None:
     """Measure an encoder on labelled rows."""
     from deploy.classify import evaluate_on_rows
 
     with stderr.status("loading") as status:
         summary = evaluate_on_rows(
-            model, adapter, data, lambda done, total: status.update(f"row {done} of {total}")
+            model,
+            adapter,
+            data,
+            lambda done, total: status.update(f"row {done} of {total}"),
+            threads=threads,
         )
     results = summary["results"]
     _finish(summary, as_json, [(name, f"{value:.6g}") for name, value in results.items()])

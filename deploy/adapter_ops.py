@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import StoredLinear
 from deploy.graph_builder import GraphBuilder
 from deploy.module_layout import factors_side_by_side
 

@@ -36,6 +36,7 @@ class ArtifactKind(StrEnum):
     ADAPTER = "adapter"
     CHECKPOINT = "checkpoint"
     ONNX = "onnx"
+    ENCODER = "onnx-encoder"
     MODEL = "model"
     ROTATION = "rotation"
     COMPRESSED = "compressed-tensors"
@@ -45,6 +46,7 @@ MADE_BY = {
     ArtifactKind.ADAPTER: "rolora finetune or rolora merge --to adapter",
     ArtifactKind.CHECKPOINT: "rolora merge-rotate-quantize",
     ArtifactKind.ONNX: "rolora export",
+    ArtifactKind.ENCODER: "rolora export of an encoder",
     ArtifactKind.MODEL: "rolora merge --to model",
     ArtifactKind.ROTATION: "rolora learn-rotation",
     ArtifactKind.COMPRESSED: "rolora export --format compressed-tensors",
@@ -53,6 +55,7 @@ TAKEN_BY = {
     ArtifactKind.ADAPTER: "rolora merge, merge-rotate-quantize or evaluate --adapter",
     ArtifactKind.CHECKPOINT: "rolora export --checkpoint, or rolora evaluate --model",
     ArtifactKind.ONNX: "rolora run, evaluate or bench --model",
+    ArtifactKind.ENCODER: "rolora evaluate --tasks classification --model, or ONNX Runtime",
     ArtifactKind.MODEL: "rolora finetune, merge, merge-rotate-quantize or evaluate --model",
     ArtifactKind.ROTATION: "rolora merge-rotate-quantize or finetune --rotation",
     ArtifactKind.COMPRESSED: "rolora evaluate --model, transformers or vLLM",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
 from deploy.graph_builder import GraphBuilder
 
 BLOCK_SIZES = (128, 64, 32, 16)
@@ -74,7 +74,7 @@ def blocked_layout(linears: list[StoredLinear]) -> BlockedLayout:
 
 
 def pack_blocks(
-    checkpoint: Checkpoint, linears: list[StoredLinear], layout: BlockedLayout
+    checkpoint: AnyCheckpoint, linears: list[StoredLinear], layout: BlockedLayout
 ) -> np.ndarray:
     """Read the integers of linears and lay them out, uint8 of the layout's shape."""
     if layout.bits == 4 and layout.columns == layout.blocks * layout.block_size:
@@ -103,7 +103,7 @@ def unpack_blocks(stored: np.ndarray, layout: BlockedLayout) -> np.ndarray:
 
 def integer_weight(
     graph: GraphBuilder,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     layout: BlockedLayout,
     name: str,

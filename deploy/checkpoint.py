@@ -18,57 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from deploy.architecture import decoder_names
-from deploy.artifact import ArtifactKind, read_manifest, verify_files
+from deploy.checkpoint_reader import WEIGHTS_NAME, CheckpointReader
 from deploy.errors import ArtifactError
 from deploy.module_layout import empty_decoder, to_our_layout
 from deploy.rotation_file import load_rotation
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_attention import CODEC_NAME, attention_fqn, install_codecs
 from rolora.kv_cache import FLOAT_KV_BITS, CacheCodec, check_kv_bits, stored_parts
-from rolora.layer_plan import LayerPlan
-from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
+from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
-from rolora.packing import pack_int4, unpack_int4
+from rolora.packing import pack_int4
 from rolora.rotation import RotationPlan
-from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
-
-WEIGHTS_NAME = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class StoredLinear:
-    """One linear of a checkpoint: its sizes, and its format if it is quantized."""
-
-    fqn: str
-    in_features: int
-    out_features: int
-    has_bias: bool
-    weight: WeightSpec
-    """How the weight is stored; 16 bits is float with a quantized input, 32 all float."""
-    activation: ActivationSpec | None
-    """How the input is quantized; None for a float linear."""
-
-    @property
-    def needs_blocks(self) -> bool:
-        """Whether no integer product computes it, only MatMulNBits: groups, or a float input."""
-        spec = self.activation
-        return spec is not None and (spec.is_float or spec.granularity is Granularity.GROUP)
-
-
-class Checkpoint:
-    """Reads a checkpoint directory without loading it.
+class Checkpoint(CheckpointReader[DecoderNames]):
+    """Reads the checkpoint of a decoder without loading it.
 
     Args:
         directory: A directory that `merge-rotate-quantize` wrote.
@@ -77,110 +52,13 @@ class Checkpoint:
     Raises:
         StageOrderError: The directory is not such a checkpoint.
         ArtifactError: A file is missing or damaged.
+        UnsupportedModelError: It is that of an encoder.
     """
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
-        self.directory = directory
-        self.manifest = read_manifest(directory, ArtifactKind.CHECKPOINT)
-        if verify:
-            verify_files(directory)
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-        self.names: DecoderNames = decoder_names(self.config)
-        self._formats = _formats_from_details(self.manifest.details, directory)
+        super().__init__(directory, lambda config, _: decoder_names(config), verify=verify)
         self.kv_bits = _kv_bits_from_details(self.manifest.details, directory)
-        self._files = ExitStack()
-        try:
-            self._tensors = self._files.enter_context(
-                safe_open(directory / WEIGHTS_NAME, framework="np")
-            )
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again"
-            ) from error
-        self._keys = frozenset(self._tensors.keys())
         self.rotation: RotationPlan | None = load_rotation(directory, self.manifest)
-
-    def close(self) -> None:
-        """Release the mapped weights."""
-        self._files.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def has(self, key: str) -> bool:
-        """Return whether a tensor is stored."""
-        return key in self._keys
-
-    def keys(self) -> frozenset[str]:
-        """Return the names of all stored tensors."""
-        return self._keys
-
-    def array(self, key: str) -> np.ndarray:
-        """Read one tensor as stored.
-
-        Raises:
-            ArtifactError: There is no such tensor.
-        """
-        self._require(key)
-        array: np.ndarray = self._tensors.get_tensor(key)
-        return array
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the stored shape of a tensor without reading it.
-
-        Raises:
-            ArtifactError: There is no such tensor.
-        """
-        self._require(key)
-        return tuple(self._tensors.get_slice(key).get_shape())
-
-    def _require(self, key: str) -> None:
-        if key not in self._keys:
-            raise ArtifactError(
-                f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
-                f"checkpoint again"
-            )
-
-    def linear(self, fqn: str) -> StoredLinear:
-        """Describe one linear."""
-        plan = self._formats.get(fqn)
-        weight = WeightSpec(32) if plan is None else plan.weight
-        rows, columns = self.shape(f"{fqn}.weight")
-        return StoredLinear(
-            fqn=fqn,
-            in_features=columns * 2 if weight.bits == 4 else columns,
-            out_features=rows,
-            has_bias=self.has(f"{fqn}.bias"),
-            weight=weight,
-            activation=None if plan is None else plan.activation,
-        )
-
-    @property
-    def embedding_spec(self) -> WeightSpec | None:
-        """How the embedding is stored; None is float."""
-        key = f"{self.names.embedding}.weight"
-        if not self.has(f"{key}_scale"):
-            return None
-        bits = 8 if self.shape(key)[1] == self.names.hidden_size else 4
-        scales = self.shape(f"{key}_scale")
-        return WeightSpec(bits, None if len(scales) == 1 else self.names.hidden_size // scales[1])
-
-    def quantized_embedding(self, spec: WeightSpec) -> QuantizedEmbedding:
-        """Read the embedding's integers and scales, which `spec` describes."""
-        key = f"{self.names.embedding}.weight"
-        stored = self._tensor(key)
-        table = unpack_int4(stored) if spec.bits == 4 else stored
-        return QuantizedEmbedding(table, self._tensor(f"{key}_scale"), spec)
-
-    def integers(self, linear: StoredLinear) -> np.ndarray:
-        """Read the integers of a quantized linear, int8 [out, in], unpacked."""
-        stored = self.array(f"{linear.fqn}.weight")
-        if linear.weight.bits != 4:
-            return stored
-        return unpack_int4(torch.from_numpy(stored)).numpy()
 
     def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the float32 factors (left, right) of R4, or None without it."""
@@ -241,12 +119,7 @@ class Checkpoint:
         """Rebuild the torch model: integer modules, online rotations, quantized KV cache."""
         model = empty_decoder(self.config)
         to_our_layout(model)
-        for fqn in (*self.names.linears(), self.names.head):
-            linear = self.linear(fqn)
-            if linear.activation is not None:
-                model.set_submodule(fqn, self._quantized_linear(linear))
-        if self.embedding_spec is not None:
-            model.set_submodule(self.names.embedding, self.quantized_embedding(self.embedding_spec))
+        self.put_integers(model, (*self.names.linears(), self.names.head))
         remaining = {
             name: self._tensor(name)
             for name, parameter in model.named_parameters()
@@ -260,27 +133,6 @@ class Checkpoint:
             install_codecs(model, self.names, map(self._codec, self.names.blocks))
         model.eval()
         return model
-
-    def _tensor(self, key: str) -> Tensor:
-        return torch.from_numpy(self.array(key))
-
-    def _quantized_linear(self, linear: StoredLinear) -> QuantizedLinear | InputQuantizedLinear:
-        assert linear.activation is not None
-        fqn = linear.fqn
-        static = linear.activation.granularity is Granularity.TENSOR
-        input_scale = self._tensor(f"{fqn}.input_scale") if static else None
-        bias = self._tensor(f"{fqn}.bias") if linear.has_bias else None
-        if linear.weight.bits == UNQUANTIZED_BITS:
-            weight = self._tensor(f"{fqn}.weight")
-            return InputQuantizedLinear(weight, bias, linear.activation, input_scale)
-        return QuantizedLinear(
-            torch.from_numpy(self.integers(linear)),
-            self._tensor(f"{fqn}.weight_scale"),
-            bias,
-            linear.weight,
-            linear.activation,
-            input_scale,
-        )
 
 
 def stored_tensors(model: nn.Module, fqns: Iterable[str]) -> dict[str, Tensor]:
@@ -336,45 +188,6 @@ def write_weights(directory: Path, parts: Iterable[Path]) -> None:
             file = files.enter_context(safe_open(path, framework="pt"))
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:
-    """Return the format of each quantized linear as plain data for the manifest."""
-    return {
-        plan.fqn: {
-            "weight_bits": plan.weight.bits,
-            "weight_group_size": plan.weight.group_size,
-            "activation_bits": plan.activation.bits,
-            "activation_granularity": str(plan.activation.granularity),
-            "activation_clip_ratio": plan.activation.clip_ratio,
-            "activation_group_size": plan.activation.group_size,
-            "activation_symmetric": plan.activation.symmetric,
-        }
-        for plan in plans
-    }
-
-
-def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, LayerPlan]:
-    """Read what `formats_to_details` wrote, also before it knew of the last two fields."""
-    formats = {}
-    for fqn, raw in details.get("linears", {}).items():
-        try:
-            weight = WeightSpec(raw["weight_bits"], raw["weight_group_size"])
-            granularity = Granularity(raw["activation_granularity"])
-            group_size = weight.group_size if granularity is Granularity.GROUP else None
-            activation = ActivationSpec(
-                raw["activation_bits"],
-                granularity,
-                raw["activation_clip_ratio"],
-                raw.get("activation_group_size", group_size),
-                symmetric=raw.get("activation_symmetric", True),
-            )
-        except (KeyError, ValueError, TypeError) as error:
-            raise ArtifactError(
-                f"{where}: the manifest's format of {fqn} is unreadable: {error!r}"
-            ) from error
-        formats[fqn] = LayerPlan(fqn, weight, activation, fqn)
-    return formats
 
 
 def _kv_bits_from_details(details: Mapping[str, Any], where: Path) -> int:

@@ -1,4 +1,7 @@
-"""An encoder that tells classes apart: opened with or without its adapter, and measured on rows."""
+"""An encoder that tells classes apart, measured on rows.
+
+It is a model with or without its adapter, a quantized checkpoint, or an export in ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from deploy.adapter_artifact import StoredAdapter, open_adapter
+from deploy.artifact import ArtifactKind, is_artifact, read_manifest, verify_files
+from deploy.encoder_checkpoint import EncoderCheckpoint, labels_of
 from deploy.encoder_loading import LoadedClassifier, load_classifier
+from deploy.encoder_session import LOGITS_NAME, OnnxEncoder
 from deploy.errors import ArtifactError, ConfigError
+from deploy.language_model import load_tokenizer
 from deploy.live_adapter import attach_stored
 from reslora.classification import collate_labelled, encode_labelled, pad_id_of
 from reslora.labelled_rows import LabelledExample, LabelScheme, read_labelled_rows
@@ -34,12 +42,33 @@ class OpenedClassifier:
     token_limit: int
 
 
-def open_classifier(model: str, adapter: Path | None = None) -> OpenedClassifier:
+class OnnxClassifier(nn.Module):
+    """An exported classifier in the place of a torch model.
+
+    Args:
+        encoder: Its session.
+    """
+
+    def __init__(self, encoder: OnnxEncoder) -> None:
+        super().__init__()
+        self._encoder = encoder
+
+    def forward(self, **batch: Tensor) -> SequenceClassifierOutput:
+        """Return `logits`, float32 [rows, outputs], for what `OnnxEncoder.run` takes."""
+        found = self._encoder.run({name: tensor.numpy() for name, tensor in batch.items()})
+        return SequenceClassifierOutput(logits=torch.from_numpy(found[LOGITS_NAME]))
+
+
+def open_classifier(
+    model: str, adapter: Path | None = None, *, threads: int | None = None
+) -> OpenedClassifier:
     """Open an encoder with an adapter on it, or a model that has a head of its own.
 
     Args:
-        model: Hub id, directory or `minilm-l6`.
+        model: Hub id, directory or `minilm-l6`; without an adapter also a quantized checkpoint or
+            an export.
         adapter: What `rolora finetune --task classification` wrote; its shortcuts stay alive.
+        threads: Threads of ONNX Runtime; None is its own choice.
 
     Raises:
         ConfigError: No such model or adapter, a model without a head, or an adapter of another
@@ -48,6 +77,13 @@ def open_classifier(model: str, adapter: Path | None = None) -> OpenedClassifier
         ArtifactError: A file is damaged, or the adapter belongs to another model.
         UnsupportedModelError: A decoder, or another family.
     """
+    directory = Path(model)
+    if adapter is None and is_artifact(directory):
+        kind = read_manifest(directory).kind
+        if kind is ArtifactKind.CHECKPOINT:
+            return _open_checkpoint(directory)
+        if kind is ArtifactKind.ENCODER:
+            return _open_export(directory, threads)
     if adapter is None:
         opened = load_classifier(model)
         return _opened(opened, opened.loaded.model)
@@ -87,6 +123,8 @@ def evaluate_on_rows(
     adapter: Path | None,
     data: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Measure a classifier on labelled rows.
 
@@ -95,6 +133,7 @@ def evaluate_on_rows(
         adapter: As `open_classifier`.
         data: JSONL(.gz) file or hub id with rows of `labelled_rows`.
         progress: Called with the numbers of rows that are done and of all.
+        threads: Threads of ONNX Runtime; None is its own choice.
 
     Returns:
         The JSON shape that `rolora evaluate --tasks classification --json` prints.
@@ -105,7 +144,7 @@ def evaluate_on_rows(
     """
     try:
         examples = read_labelled_rows(data)
-        opened = open_classifier(model, adapter)
+        opened = open_classifier(model, adapter, threads=threads)
         results = evaluate_classifier(
             opened.model,
             opened.tokenizer,
@@ -154,7 +193,7 @@ def evaluate_classifier(
     rows = encode_labelled(examples, tokenizer, max_tokens, labels)
     rows.sort(key=len)
     pad_id = pad_id_of(tokenizer)
-    device = next(model.parameters()).device
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
     logits: list[Tensor] = []
     targets: list[Tensor] = []
     model.eval()
@@ -172,6 +211,31 @@ def evaluate_classifier(
         loss = nn.functional.cross_entropy(found, expected)
     metrics = label_metrics(found.numpy(), expected.numpy(), labels)
     return metrics | {"n": len(rows), "loss": float(loss)}
+
+
+def _open_checkpoint(directory: Path) -> OpenedClassifier:
+    with EncoderCheckpoint(directory) as checkpoint:
+        labels = _require_labels(directory, checkpoint.labels)
+        tokenizer = load_tokenizer(directory)
+        return OpenedClassifier(checkpoint.load_model(), tokenizer, labels, checkpoint.token_limit)
+
+
+def _open_export(directory: Path, threads: int | None) -> OpenedClassifier:
+    manifest = verify_files(directory)
+    labels = _require_labels(directory, labels_of(manifest))
+    classifier = OnnxClassifier(OnnxEncoder(directory, threads=threads))
+    limit: Any = manifest.details["context_length"]
+    return OpenedClassifier(classifier, load_tokenizer(directory), labels, int(limit))
+
+
+def _require_labels(directory: Path, labels: LabelScheme | None) -> LabelScheme:
+    if labels is None:
+        raise ConfigError(
+            f"{directory}: holds an encoder without a classification head, which tells no classes "
+            "apart; make it from a model with a head, or with an adapter that was trained for "
+            "classification"
+        )
+    return labels
 
 
 def _opened(opened: LoadedClassifier, model: nn.Module) -> OpenedClassifier:

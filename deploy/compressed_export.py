@@ -38,7 +38,8 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.compressed_card import CARD_NAME, model_card
 from deploy.compressed_check import check_reader
 from deploy.compressed_reader import TRANSFORM_NAME, TRANSFORM_WEIGHT

@@ -29,7 +29,8 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
 )
 
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import StoredLinear
 from deploy.errors import ConfigError
 from rolora.affine import activation_range
 from rolora.kv_cache import FLOAT_KV_BITS

@@ -22,16 +22,16 @@ from deploy.architecture import QueryKeyNorms, qk_norms
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
 from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_ops import CheckpointOps
 from deploy.conventions import LayerAttention, conventions, rotary_size
 from deploy.errors import UnsupportedModelError
 from deploy.families import Activation
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
-from deploy.input_ops import QuantizedInput, quantize_input
+from deploy.input_ops import QuantizedInput
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
-from deploy.linear_ops import float_linear, integer_linear, nbits_linear
+from deploy.linear_ops import packed_name
 from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
-from rolora.scheme import Granularity
 
 HEAD_DIM_MULTIPLE = 16
 """What GroupQueryAttention demands of the head size, and of the part of it that it rotates."""
@@ -77,6 +77,7 @@ class DecoderGraph:
         self._adapted = adapted
         self._products = linear_products(checkpoint)
         self.graph = GraphBuilder("decoder", stored)
+        self._ops = CheckpointOps(self.graph, checkpoint, form)
         norms = [(block.attention_norm, block.mlp_norm) for block in checkpoint.names.blocks]
         self._stream_norms = {checkpoint.names.final_norm, *chain.from_iterable(norms)}
 
@@ -158,47 +159,11 @@ class DecoderGraph:
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
         """Look the tokens up, and scale all rows where a family does."""
-        rows = self._look_up(input_ids)
+        rows = self._ops.look_up(input_ids)
         if (factor := self.computed.embedding_scale) is None:
             return rows
         whole = self.graph.constant(np.asarray(factor, self.dtype.numpy()))
         return self.graph.value("Mul", [rows, whole], "embedding/all/Mul")
-
-    def _look_up(self, input_ids: ir.Value) -> ir.Value:
-        """Look the tokens up; int8 rows are scaled after the lookup, groups of 4 bits in it."""
-        key = self.names.embedding
-        spec = self.checkpoint.embedding_spec
-        dtypes = {None: self.dtype, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
-        dtype = dtypes[None if spec is None else spec.bits]
-
-        def read() -> ir.TensorProtocol:
-            return ir.tensor(self.checkpoint.array(f"{key}.weight").astype(dtype.numpy()))
-
-        table = self.graph.lazy_weight(
-            f"{key}.weight", dtype, self.checkpoint.shape(f"{key}.weight"), read
-        )
-        if spec is None:
-            return self.graph.value("Gather", [table, input_ids], "embedding/Gather")
-        scales = self.checkpoint.array(f"{key}.weight_scale")
-        scale = self.graph.weight(f"{key}.weight_scale", ir.tensor(scales.reshape(len(scales), -1)))
-        if spec.bits == 4:
-            return self.graph.value(
-                "GatherBlockQuantized",
-                [table, input_ids, scale],
-                "embedding/GatherBlockQuantized",
-                domain=MICROSOFT,
-                gather_axis=0,
-                quantize_axis=1,
-                block_size=spec.group_size,
-                bits=4,
-            )
-        rows = self.graph.value("Gather", [table, input_ids], "embedding/Gather")
-        row_scale = self.graph.value("Gather", [scale, input_ids], "embedding/scale/Gather")
-        as_float = self.graph.value("Cast", [rows], "embedding/Cast", to=ir.DataType.FLOAT)
-        scaled = self.graph.value("Mul", [as_float, row_scale], "embedding/Mul")
-        if not self.form.half:
-            return scaled
-        return self.graph.value("Cast", [scaled], "embedding/half/Cast", to=self.dtype)
 
     def _norm(
         self, fqn: str, stream: ir.Value, delta: ir.Value | None
@@ -346,15 +311,8 @@ class DecoderGraph:
         return graph.value("Reshape", [x, joined], f"{name}/join/Reshape")
 
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
-        """Quantize the input of a linear and of those that share it, if its kernel takes bytes."""
-        linear = self.checkpoint.linear(fqn)
-        if linear.activation is None or linear.needs_blocks or self.form.takes_nbits(linear):
-            return None
-        static = linear.activation.granularity is Granularity.TENSOR
-        scale = self.checkpoint.array(f"{fqn}.input_scale") if static else None
-        return quantize_input(
-            self.graph, x, linear.activation, scale, f"{fqn}/input", self.form.numbers
-        )
+        """See `CheckpointOps.quantized`."""
+        return self._ops.quantized(fqn, x)
 
     def _linear(
         self,
@@ -365,11 +323,7 @@ class DecoderGraph:
         *,
         half: bool = True,
     ) -> ir.Value:
-        """Add the product of linears that read one input, and what an adapter adds to it.
-
-        Where the graph is one of float16, so is the result, unless `half` is false and the product
-        one of integers.
-        """
+        """Add the product of linears that read one input, and what an adapter adds to it."""
         y = self._product(fqns, x, quantized, name, half=half)
         if not any(fqn in self._adapted for fqn in fqns):
             return y
@@ -384,21 +338,8 @@ class DecoderGraph:
         *,
         half: bool,
     ) -> ir.Value:
-        """Add the product itself, with the kernel of the linears' format."""
-        linears = [self.checkpoint.linear(fqn) for fqn in fqns]
-        if quantized is not None:
-            return integer_linear(
-                self.graph,
-                quantized,
-                self.checkpoint,
-                linears,
-                name,
-                blocked=self.form.blocked,
-                half=half and self.form.half,
-            )
-        if linears[0].activation is not None:
-            return nbits_linear(self.graph, x, self.checkpoint, linears, name)
-        return float_linear(self.graph, x, self.checkpoint, linears, name, self.dtype)
+        """See `CheckpointOps.linear`."""
+        return self._ops.linear(fqns, x, quantized, name, half=half)
 
 
 def linear_products(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -418,8 +359,3 @@ def linear_products(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
         alone = (block.output, block.gate, block.up, block.down)
         products |= {fqn: (fqn,) for fqn in alone}
     return products
-
-
-def packed_name(block: BlockNames) -> str:
-    """Return the name under which query, key and value stand in the graph as one product."""
-    return f"{block.output.rpartition('.')[0]}.qkv"

@@ -29,7 +29,6 @@ from deploy.shortcut_merge import is_exact, merge_stored_adapter, require_method
 from deploy.weight_stream import WeightReader, open_weight_stream, set_weight
 from reslora.chains import find_chains
 from reslora.merge import MergedLayer, MergeMethod, MergeReport, matching_weights, merge_adapter
-from rolora.block_stream import block_fqn
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
 from rolora.online import install_online_rotations
@@ -51,8 +50,7 @@ class Part:
 def decoder_parts(names: DecoderNames) -> list[Part]:
     """Return the parts of a decoder in the order in which data meets them."""
     blocks = [
-        Part(f"block-{i:04}", (block_fqn(block),), block.linears())
-        for i, block in enumerate(names.blocks)
+        Part(f"block-{i:04}", (block.fqn,), block.linears()) for i, block in enumerate(names.blocks)
     ]
     return [
         Part("embedding", (names.embedding,), (names.embedding,)),

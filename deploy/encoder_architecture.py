@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from deploy.architecture import ALL_TARGETS
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.families import ENCODER_TYPES, FAMILIES
+from rolora.encoder import EncoderBlockNames, EncoderNames
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,20 @@ class EncoderFamily:
     """Whether the first position is the one after `pad_token_id`, not 0."""
     other_heads: tuple[str, ...]
     """Starts of tensor names of pretraining heads, which a classifier leaves out."""
+    head_linears: tuple[str, str]
+    """Linears of a classifier behind its last states, the first from the base model's place."""
 
 
 ENCODER_FAMILIES: Mapping[str, EncoderFamily] = {
-    "bert": EncoderFamily(counts_from_padding=False, other_heads=("cls.",)),
+    "bert": EncoderFamily(
+        counts_from_padding=False,
+        other_heads=("cls.",),
+        head_linears=("bert.pooler.dense", "classifier"),
+    ),
     "roberta": EncoderFamily(
-        counts_from_padding=True, other_heads=("lm_head.", "pooler.", "roberta.pooler.")
+        counts_from_padding=True,
+        other_heads=("lm_head.", "pooler.", "roberta.pooler."),
+        head_linears=("classifier.dense", "classifier.out_proj"),
     ),
 }
 """By `model_type` of config.json."""
@@ -95,6 +104,51 @@ def encoder_token_limit(config: PreTrainedConfig) -> int:
     if encoder_family_of(config.model_type).counts_from_padding:
         limit -= config.pad_token_id + 1
     return limit
+
+
+def encoder_names(config: PreTrainedConfig, *, with_head: bool) -> EncoderNames:
+    """Name the parts of an encoder.
+
+    Args:
+        config: of a supported encoder.
+        with_head: whether it is one for sequence classification; else the bare model, without
+            pooler.
+
+    Raises:
+        UnsupportedModelError: as `check_encoder`.
+    """
+    check_encoder(config)
+    prefix = f"{config.model_type}." if with_head else ""
+    return EncoderNames(
+        embedding=f"{prefix}embeddings.word_embeddings",
+        positions=f"{prefix}embeddings.position_embeddings",
+        token_types=f"{prefix}embeddings.token_type_embeddings",
+        embedding_norm=f"{prefix}embeddings.LayerNorm",
+        stack=f"{prefix}encoder",
+        blocks=tuple(
+            _block_names(f"{prefix}encoder.layer.{index}")
+            for index in range(config.num_hidden_layers)
+        ),
+        head_linears=encoder_family_of(config.model_type).head_linears if with_head else None,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+    )
+
+
+def _block_names(block: str) -> EncoderBlockNames:
+    linears = {target: f"{block}.{place}" for target, place in ENCODER_TARGETS.items()}
+    return EncoderBlockNames(
+        fqn=block,
+        query=linears["q"],
+        key=linears["k"],
+        value=linears["v"],
+        output=linears["o"],
+        attention_norm=f"{block}.attention.output.LayerNorm",
+        up=linears["up"],
+        down=linears["down"],
+        mlp_norm=f"{block}.output.LayerNorm",
+    )
 
 
 def encoder_targets(config: PreTrainedConfig, targets: str) -> list[str]:

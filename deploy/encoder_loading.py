@@ -1,8 +1,9 @@
-"""Load an encoder for classification, with the care of `loading`: nothing missing but the head.
+"""Load an encoder, with the care of `loading`: nothing missing but, for classification, the head.
 
 Sources are a hub id, a local directory, and the name `minilm-l6`, whose directory comes in a Python
 package. A classification head that the files lack, or that is for another number of labels, is
-drawn anew from a seed. Heads of pretraining are left out.
+drawn anew from a seed. Heads of pretraining are left out. An encoder that is taken as it is has a
+head if its files hold one; without one it is bare, and without its pooler, which nothing reads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from deploy.encoder_architecture import (
     ENCODER_HEAD,
@@ -39,6 +46,7 @@ from deploy.weight_files import (
     find_weight_files,
     name_some,
     read_model_config,
+    read_tensor_names,
 )
 from reslora.labelled_rows import LabelScheme
 
@@ -85,20 +93,32 @@ def load_classifier(
         ArtifactError: a file is missing or damaged, or the weights do not fit the config.
         UnsupportedModelError: a decoder, another family, or a feature we do not handle.
     """
-    text = str(reference)
-    path = Path(text).expanduser()
-    if text == DEMO_MODEL or path.suffix == ".gguf":
-        raise UnsupportedModelError(
-            f"model {text}: is a decoder, or in a file format of decoders; --task classification "
-            f"takes an encoder: {LOCAL_OPTIONS}, or a hub id"
-        )
-    if text == DEMO_ENCODER:
-        return _load_directory(find_demo_encoder(), text, labels, seed, dtype)
-    if path.is_dir():
-        return _load_directory(path, path.resolve().name, labels, seed, dtype)
-    if path.exists() or not HUB_ID.fullmatch(text):
-        raise ConfigError(f"model {text}: no such directory; give {LOCAL_OPTIONS}, or a hub id")
-    return _load_directory(download_model(text), text, labels, seed, dtype)
+    directory, name = _locate(str(reference))
+    return _load_directory(directory, name, labels, seed, dtype)
+
+
+def load_encoder(
+    reference: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[LoadedModel, LabelScheme | None]:
+    """Load an encoder as it is: with the classification head that its files hold, else bare.
+
+    Args:
+        reference: as `load_classifier` takes it.
+        dtype: of the weights in memory, whatever they are on disk.
+
+    Returns:
+        The model, and what its logits mean; None where it gives hidden states.
+
+    Raises:
+        As `load_classifier`.
+    """
+    directory, name = _locate(str(reference))
+    weight_files = _check_directory(directory)
+    held = set().union(*map(read_tensor_names, weight_files))
+    if any(key.startswith(f"{ENCODER_HEAD}.") for key in held):
+        opened = _load_directory(directory, name, None, 0, dtype)
+        return opened.loaded, opened.labels
+    return _load_bare(directory, name, weight_files, dtype), None
 
 
 def save_classifier(loaded: LoadedModel, directory: Path) -> None:
@@ -108,14 +128,76 @@ def save_classifier(loaded: LoadedModel, directory: Path) -> None:
     loaded.tokenizer.save_pretrained(directory)
 
 
-def _load_directory(
-    directory: Path, name: str, labels: LabelScheme | None, seed: int, dtype: torch.dtype
-) -> LoadedClassifier:
+def _locate(text: str) -> tuple[Path, str]:
+    """Return the directory of an encoder, which for a hub id is downloaded, and its name."""
+    path = Path(text).expanduser()
+    if text == DEMO_MODEL or path.suffix == ".gguf":
+        raise UnsupportedModelError(
+            f"model {text}: is a decoder, or in a file format of decoders; --task classification "
+            f"takes an encoder: {LOCAL_OPTIONS}, or a hub id"
+        )
+    if text == DEMO_ENCODER:
+        return find_demo_encoder(), text
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists() or not HUB_ID.fullmatch(text):
+        raise ConfigError(f"model {text}: no such directory; give {LOCAL_OPTIONS}, or a hub id")
+    return download_model(text), text
+
+
+def _check_directory(directory: Path) -> list[Path]:
+    """Return the weight files of a float encoder, each opened once."""
     refuse_other_stages(directory)
     raw_config = read_model_config(directory)
     encoder_family_of(str(raw_config.get("model_type")), str(directory))
     refuse_quantized(directory, raw_config)
-    weight_files = find_weight_files(directory)
+    return find_weight_files(directory)
+
+
+def _load_bare(
+    directory: Path, name: str, weight_files: list[Path], dtype: torch.dtype
+) -> LoadedModel:
+    """Load an encoder without head and pooler."""
+    where = str(directory)
+    with quiet_transformers():
+        config = call_loader(where, AutoConfig.from_pretrained, directory)
+        check_encoder(config)
+        model, info = call_loader(
+            where,
+            AutoModel.from_pretrained,
+            directory,
+            config=config,
+            add_pooling_layer=False,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported with the other faults
+            use_safetensors=True,
+        )
+    family = encoder_family_of(config.model_type)
+    unread = (*family.other_heads, "pooler.", f"{config.model_type}.pooler.")
+    unexpected = {key for key in info["unexpected_keys"] if not key.startswith(unread)}
+    refuse_departures(where, {**info, "unexpected_keys": unexpected})
+    refuse_non_finite(where, model)
+    return _with_tokenizer(directory, name, weight_files, model)
+
+
+def _with_tokenizer(
+    directory: Path, name: str, weight_files: list[Path], model: PreTrainedModel
+) -> LoadedModel:
+    tokenizer = load_local_tokenizer(directory)
+    if model.config.type_vocab_size < 2:  # it cannot tell texts of a pair apart by an id
+        tokenizer.model_input_names = [
+            key for key in tokenizer.model_input_names if key != "token_type_ids"
+        ]
+    digest = digest_files([*weight_files, directory / CONFIG_NAME])
+    return LoadedModel(model.eval(), tokenizer, name, digest)
+
+
+def _load_directory(
+    directory: Path, name: str, labels: LabelScheme | None, seed: int, dtype: torch.dtype
+) -> LoadedClassifier:
+    weight_files = _check_directory(directory)
     with quiet_transformers():
         own = call_loader(str(directory), AutoConfig.from_pretrained, directory)
         check_encoder(own)
@@ -146,15 +228,8 @@ def _load_directory(
             "was trained on it, or a merged model"
         )
     refuse_non_finite(str(directory), model)
-    tokenizer = load_local_tokenizer(directory)
-    if config.type_vocab_size < 2:  # the model cannot tell texts of a pair apart by an id
-        tokenizer.model_input_names = [
-            key for key in tokenizer.model_input_names if key != "token_type_ids"
-        ]
-    digest = digest_files([*weight_files, directory / CONFIG_NAME])
-    return LoadedClassifier(
-        LoadedModel(model.eval(), tokenizer, name, digest), labels, bool(new_head)
-    )
+    loaded = _with_tokenizer(directory, name, weight_files, model)
+    return LoadedClassifier(loaded, labels, bool(new_head))
 
 
 def _refuse_departures_but_head(

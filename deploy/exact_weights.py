@@ -6,22 +6,21 @@ shifted to unsigned ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from deploy.blocked_weights import blocked_layout, unpack_blocks
-from deploy.checkpoint import Checkpoint, StoredLinear
-from deploy.decoder_graph import packed_name
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
 from deploy.errors import ParityError
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm, Kernel
-from deploy.linear_ops import WEIGHT_SHIFT
+from deploy.linear_ops import WEIGHT_SHIFT, packed_name
 
 
 def check_exact_weights(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     directory: Path,
     forms: Sequence[GraphForm] = (ONE_INTEGER_GRAPH,),
 ) -> int:
@@ -34,12 +33,10 @@ def check_exact_weights(
         ParityError: An integer or a scale differs, or a linear is missing from a graph.
     """
     names = checkpoint.names
+    heads = () if names.head is None else (names.head,)
     counts = [
         _check_graph(
-            checkpoint,
-            directory,
-            form,
-            (names.head,) if form.head_only else (*names.linears(), names.head),
+            checkpoint, directory, form, heads if form.head_only else (*names.linears(), *heads)
         )
         for form in forms
     ]
@@ -47,7 +44,7 @@ def check_exact_weights(
 
 
 def _check_graph(
-    checkpoint: Checkpoint, directory: Path, form: GraphForm, fqns_held: Sequence[str]
+    checkpoint: AnyCheckpoint, directory: Path, form: GraphForm, fqns_held: Sequence[str]
 ) -> int:
     """Compare one graph, which must hold the quantized ones of the linears named."""
     initializers = ir.load(directory / form.file).graph.initializers
@@ -80,11 +77,33 @@ def _check_graph(
             )
         compared += len(linears)
     quantized = sum(checkpoint.linear(fqn).activation is not None for fqn, _ in alone)
+    if not form.head_only:
+        _check_embedding(checkpoint, form, initializers)
     if compared != quantized:
         raise ParityError(
             f"{form.file} holds {compared} of {quantized} quantized linears; nothing was written"
         )
     return compared
+
+
+def _check_embedding(
+    checkpoint: AnyCheckpoint, form: GraphForm, initializers: Mapping[str, ir.Value]
+) -> None:
+    """Compare a quantized table, byte by byte and scale by scale."""
+    if checkpoint.embedding_spec is None:
+        return
+    for key in (
+        f"{checkpoint.names.embedding}.weight",
+        f"{checkpoint.names.embedding}.weight_scale",
+    ):
+        expected = checkpoint.array(key)
+        if key not in initializers or not np.array_equal(
+            _content(initializers[key]).numpy().reshape(-1), expected.reshape(-1)
+        ):
+            raise ParityError(
+                f"{form.file}: {key}: the exported embedding is not the checkpoint's; nothing was "
+                "written"
+            )
 
 
 def _content(value: ir.Value) -> ir.TensorProtocol:

@@ -39,7 +39,8 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.base_norms import base_norm_gains
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.conventions import context_length
 from deploy.cuda_operators import require_cuda_kernels
 from deploy.decoder_graph import DecoderGraph, linear_products
@@ -66,7 +67,7 @@ from deploy.portable_graph import PortableGraph
 from deploy.rotation_file import ROTATION_NAME
 from deploy.session import CPU_PROVIDER, GENAI_CONFIG_NAME, GRAPH_NAME
 from deploy.targets import Target as Target
-from deploy.verification import verify_on
+from deploy.verification import saturation_hint, verify_on
 
 DATA_NAME = f"{GRAPH_NAME}.data"
 _NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, MANIFEST_NAME}
@@ -164,9 +165,7 @@ def export_onnx(
                 arrays = adapter_arrays(adapter.factors, products, checkpoint)
                 write_adapter_file(directory / adapter.file, arrays)
             write_genai_config(checkpoint, forms, directory)
-            for path in sorted(checkpoint_directory.iterdir()):
-                if path.is_file() and path.name not in _NOT_COPIED:
-                    shutil.copyfile(path, directory / path.name)
+            copy_companions(checkpoint_directory, directory)
             checks = check_export(checkpoint, directory, forms, progress)
             if adapters:
                 checks["adapters"] = _check_adapters(
@@ -274,17 +273,11 @@ def write_graphs(
         builder = PortableGraph if form.kernel is Kernel.QDQ else DecoderGraph
         graph = builder(checkpoint, form, stored, adapted)
         model = graph.build_head() if form.head_only else graph.build()
-        ir.save(
-            model,
-            directory / form.file,
-            external_data=None if stored else DATA_NAME,
-            size_threshold_bytes=1024,
-            max_workers=1,
-        )
+        save_graph(model, directory / form.file, with_data=not stored)
         if form.half:
             require_cuda_kernels(model, f"{checkpoint.directory}: {form.file}")
-        operators.update(node.op_type for node in model.graph)
-        domains.update(node.domain or "ai.onnx" for node in model.graph)
+        operators.update(count_operators(model))
+        domains.update(count_domains(model))
         stored = stored or stored_initializers(ir.load(directory / form.file))
     return _most_frequent_first(operators), _most_frequent_first(domains)
 
@@ -341,12 +334,8 @@ def check_export(
         else:
             parity = check_parity(checkpoint, directory, ids, forms)
     except ParityError as error:
-        if target is Target.CPU and verification.saturates:
-            raise ParityError(
-                f"{error}. This processor has no VNNI: products of unsigned and signed bytes "
-                f"saturate at 16 bits, so that graph cannot run here; export with --target "
-                f"{Target.CPU_AVX2}, or on a processor with VNNI"
-            ) from error
+        if hint := saturation_hint(target, verification):
+            raise ParityError(f"{error}{hint}") from error
         if target is not Target.CPU:
             raise
         progress("looking for the layer that departs")
@@ -355,12 +344,32 @@ def check_export(
     return {"parity": parity.to_dict(), **checks, "verified_on": verification.to_dict()}
 
 
+def save_graph(model: ir.Model, path: Path, *, with_data: bool = True) -> None:
+    """Write a graph, its weights beside it; `with_data` false: another graph has written them."""
+    ir.save(
+        model,
+        path,
+        external_data=DATA_NAME if with_data else None,
+        size_threshold_bytes=1024,
+        max_workers=1,
+    )
+
+
+def copy_companions(checkpoint_directory: Path, directory: Path) -> None:
+    """Copy what an export takes over from its checkpoint: the tokenizer's files and configs."""
+    for path in sorted(checkpoint_directory.iterdir()):
+        if path.is_file() and path.name not in _NOT_COPIED:
+            shutil.copyfile(path, directory / path.name)
+
+
 def count_operators(model: ir.Model) -> dict[str, int]:
     """Return how often each operator occurs in the graph, the most frequent first."""
-    counts: dict[str, int] = {}
-    for node in model.graph:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return _most_frequent_first(counts)
+    return _most_frequent_first(Counter(node.op_type for node in model.graph))
+
+
+def count_domains(model: ir.Model) -> dict[str, int]:
+    """Return how many nodes of the graph each domain has, the most frequent first."""
+    return _most_frequent_first(Counter(node.domain or "ai.onnx" for node in model.graph))
 
 
 def _most_frequent_first(counts: Mapping[str, int]) -> dict[str, int]:

@@ -108,7 +108,7 @@ FAMILIES: Mapping[str, Family] = {
 """By `model_type` of config.json."""
 
 ENCODER_TYPES = ("bert", "roberta")
-"""Model types of encoders, which learn to classify and are neither rotated nor exported."""
+"""Model types of encoders, whose LayerNorms no rotation passes."""
 
 
 def family_of(model_type: str, where: str = "model") -> Family:
@@ -123,9 +123,10 @@ def family_of(model_type: str, where: str = "model") -> Family:
     """
     if model_type in ENCODER_TYPES:
         raise UnsupportedModelError(
-            f"{where}: model type {model_type!r} is an encoder, which learns to classify: add "
-            "--task classification to rolora finetune, --tasks classification to rolora evaluate; "
-            f"here {', '.join(FAMILIES)} are supported"
+            f"{where}: model type {model_type!r} is an encoder: add --task classification to "
+            "rolora finetune, --tasks classification to rolora evaluate; merge-rotate-quantize and "
+            "export --format onnx take it as it is; here the decoders "
+            f"{', '.join(FAMILIES)} are supported"
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(

@@ -32,7 +32,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
 from deploy.conventions import conventions, rotary_size
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
@@ -103,6 +104,34 @@ PROMPT_GRAPH = GraphForm(PROMPT_NAME, Kernel.INTEGER, blocked=True, last_logits=
 HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER)
 BLOCKED_HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER, blocked=True)
 """The head by itself, for callers that want the logits of every position of a prompt."""
+
+
+ENCODER_TARGETS = (Target.CPU, Target.CPU_AVX2, Target.CPU_ARM64)
+"""Where encoders run; the graph has operators that other providers lack or compute in float16."""
+
+
+def encoder_form(
+    checkpoint: AnyCheckpoint, kernel: Kernel, target: Target = Target.CPU
+) -> GraphForm:
+    """Return the one graph of an encoder, which reads whole texts and never single tokens.
+
+    Args:
+        checkpoint: What is exported.
+        kernel: The user's choice.
+        target: Where it will run.
+
+    Raises:
+        ConfigError: An encoder has no such kernel, or cannot run there.
+        UnsupportedModelError: A linear's format has no kernel.
+    """
+    if kernel not in (Kernel.AUTO, Kernel.INTEGER) or target not in ENCODER_TARGETS:
+        raise ConfigError(
+            f"--target {target} --kernel {kernel}: an encoder is one graph of integer products, "
+            f"for --target {', '.join(ENCODER_TARGETS)} with --kernel auto or integer"
+        )
+    for fqn in checkpoint.names.linears():
+        _require_kernel(checkpoint, checkpoint.linear(fqn), target)
+    return replace(ONE_INTEGER_GRAPH, target=target)
 
 
 def require_offered(target: Target, kernel: Kernel) -> None:
@@ -224,7 +253,7 @@ def _forms(
     return LAST_INTEGER_GRAPH, HEAD_GRAPH
 
 
-def _require_kernel(checkpoint: Checkpoint, linear: StoredLinear, target: Target) -> None:
+def _require_kernel(checkpoint: AnyCheckpoint, linear: StoredLinear, target: Target) -> None:
     """Refuse a format that only the torch model computes, or another target."""
     spec = linear.activation
     if spec is None:

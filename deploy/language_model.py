@@ -243,6 +243,11 @@ def open_language_model(
             f"{directory}: a rotation is no model; give it to rolora merge-rotate-quantize "
             f"--rotation, and evaluate what that writes"
         )
+    elif manifest.kind is ArtifactKind.ENCODER:
+        raise StageOrderError(
+            f"{directory}: an encoder predicts no next token; measure a classifier with rolora "
+            f"evaluate --tasks classification"
+        )
     else:
         raise StageOrderError(
             f"{directory}: an adapter is no model by itself; evaluate it on its model: --model ... "

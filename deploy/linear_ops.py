@@ -23,9 +23,10 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.blocked_weights import block_scales, blocked_layout, integer_weight, pack_blocks
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
 from deploy.graph_builder import MICROSOFT, GraphBuilder
 from deploy.input_ops import QuantizedInput
+from rolora.blocks import Block
 
 WEIGHT_SHIFT = 128
 """Zero point of weights that are stored unsigned."""
@@ -34,12 +35,13 @@ WEIGHT_SHIFT = 128
 def integer_linear(
     graph: GraphBuilder,
     x: QuantizedInput,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     *,
     blocked: bool = False,
     half: bool = False,
+    add_bias: bool = True,
 ) -> ir.Value:
     """Add one integer product for linears that read the same input, their outputs side by side.
 
@@ -51,6 +53,7 @@ def integer_linear(
         name: Prefix of node names.
         blocked: Store the weight as MatMulNBits does, for a graph of that kernel beside this one.
         half: Return float16.
+        add_bias: Whether the bias belongs to it; else a node behind it adds that.
 
     Returns:
         float32 (or float16) [B, S, sum of out_features].
@@ -62,7 +65,7 @@ def integer_linear(
     else:
         weight = _column_weight(graph, checkpoint, linears, name, shifted=shifted)
     scales = np.concatenate([checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears])
-    bias = concatenated_bias(checkpoint, linears)
+    bias = concatenated_bias(checkpoint, linears) if add_bias else None
     bias_value = None if bias is None else graph.weight(f"{name}.bias", ir.tensor(bias))
     scale = graph.weight(f"{name}.weight_scale", ir.tensor(scales))
     if x.numbers.fused:
@@ -120,7 +123,7 @@ def _fused_product(
 
 def _column_weight(
     graph: GraphBuilder,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     *,
@@ -135,7 +138,7 @@ def _column_weight(
 
 def stored_columns(
     graph: GraphBuilder,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     *,
@@ -172,9 +175,11 @@ def stored_columns(
 def nbits_linear(
     graph: GraphBuilder,
     x: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
+    *,
+    add_bias: bool = True,
 ) -> ir.Value:
     """Add one MatMulNBits for linears that read the same input; weights of 4 or 8 bits.
 
@@ -185,6 +190,7 @@ def nbits_linear(
         linears: One or more linears with the same bits and group size, or without groups; inputs
             quantized to 8 bits or in float.
         name: Prefix of node names.
+        add_bias: See `integer_linear`.
 
     Returns:
         float32 [B, S, sum of out_features].
@@ -212,16 +218,18 @@ def nbits_linear(
         block_size=layout.block_size,
         accuracy_level=1 if in_float else 4,
     )
-    return _add_bias(graph, y, checkpoint, linears, name)
+    return _add_bias(graph, y, checkpoint, linears, name) if add_bias else y
 
 
 def float_linear(
     graph: GraphBuilder,
     x: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    add_bias: bool = True,
 ) -> ir.Value:
     """Add one MatMul in float32, or in float16, for linears that read the same input."""
 
@@ -232,13 +240,13 @@ def float_linear(
     shape = (linears[0].in_features, sum(linear.out_features for linear in linears))
     weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read)
     y = graph.value("MatMul", [x, weight], f"{name}/MatMul")
-    return _add_bias(graph, y, checkpoint, linears, name, dtype)
+    return _add_bias(graph, y, checkpoint, linears, name, dtype) if add_bias else y
 
 
 def _add_bias(
     graph: GraphBuilder,
     y: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
     dtype: ir.DataType = ir.DataType.FLOAT,
@@ -250,7 +258,7 @@ def _add_bias(
     return graph.value("Add", [y, graph.weight(f"{name}.bias", ir.tensor(bias))], f"{name}/Add")
 
 
-def concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> np.ndarray | None:
+def concatenated_bias(checkpoint: AnyCheckpoint, linears: list[StoredLinear]) -> np.ndarray | None:
     """Return the biases side by side, zeros where a linear has none; None if all have none."""
     if not any(linear.has_bias for linear in linears):
         return None
@@ -262,6 +270,11 @@ def concatenated_bias(checkpoint: Checkpoint, linears: list[StoredLinear]) -> np
             for linear in linears
         ]
     )
+
+
+def packed_name(block: Block) -> str:
+    """Return the name under which query, key and value stand in a graph as one product."""
+    return f"{block.attention}.qkv"
 
 
 def _pack_nibbles(values: np.ndarray) -> np.ndarray:

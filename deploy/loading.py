@@ -90,8 +90,9 @@ def save_tokenizer(loaded: LoadedModel, directory: Path) -> None:
         UnsupportedModelError: the tokenizer has no tokenizer.json form, which the runtime needs.
     """
     loaded.tokenizer.save_pretrained(directory)
-    if loaded.model.generation_config is not None:
-        loaded.model.generation_config.save_pretrained(directory)
+    generation = getattr(loaded.model, "generation_config", None)  # encoders have none
+    if generation is not None:
+        generation.save_pretrained(directory)
     if not (directory / "tokenizer.json").is_file():
         raise UnsupportedModelError(
             f"model {loaded.name}: its tokenizer ({type(loaded.tokenizer).__name__}) has no "

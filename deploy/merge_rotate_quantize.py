@@ -35,7 +35,8 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.calibration_text import calibration_for
-from deploy.checkpoint import formats_to_details, write_weights
+from deploy.checkpoint import write_weights
+from deploy.checkpoint_reader import formats_to_details
 from deploy.checkpoint_settings import (
     FLOAT_SCHEME,
     CheckpointSettings,

@@ -20,24 +20,18 @@ from transformers import PreTrainedModel
 from deploy.adapter_artifact import StoredAdapter
 from deploy.adapter_basis import to_original_basis
 from deploy.architecture import decoder_names
-from deploy.artifact import hash_file
 from deploy.calibration_text import calibration_for
-from deploy.classify import BATCH_ROWS, load_for_adapter
+from deploy.classify import load_for_adapter
+from deploy.encoder_calibration import labelled_batches, training_data
 from deploy.encoder_loading import save_classifier
-from deploy.errors import ConfigError
 from deploy.loading import LoadedModel, load_model, quiet_transformers, save_tokenizer
 from deploy.memory import release_free_memory
 from deploy.module_layout import adapter_in_own_layout, save_in_own_layout
 from deploy.rotate import rotate_model
 from deploy.shortcut_merge import ChosenMerge, choose_merge, is_exact
 from reslora.adapter import Adapter
-from reslora.classification import collate_labelled, encode_labelled, pad_id_of
-from reslora.labelled_rows import read_labelled_rows
 from reslora.merge import MergeMethod
 from reslora.peft_export import to_peft_adapter
-
-CALIBRATION_ROWS = 1024
-"""Labelled rows that are observed, evenly spaced over the data set."""
 
 
 class MergeSource(Protocol):
@@ -173,22 +167,7 @@ class ClassifierSource:
 
     def calibration(self, stored: StoredAdapter) -> list[dict[str, Tensor]]:
         """See `MergeSource`; without labels, in the order of the data set."""
-        source = self._calibration or _training_data(stored)
-        tokenizer = self.loaded.tokenizer
-        try:
-            examples = read_labelled_rows(source)
-            step = max(1, len(examples) // CALIBRATION_ROWS)
-            chosen = examples[::step][:CALIBRATION_ROWS]
-            rows = encode_labelled(chosen, tokenizer, self.opened.token_limit, self.opened.labels)
-            pad_id = pad_id_of(tokenizer)
-        except ValueError as error:
-            raise ConfigError(f"calibration: {error}") from error
-        size = max(1, min(BATCH_ROWS, len(rows) // 4))
-        batches = [
-            collate_labelled(rows[start : start + size], pad_id)
-            for start in range(0, len(rows), size)
-        ]
-        return [{key: each for key, each in batch.items() if key != "labels"} for batch in batches]
+        return labelled_batches(self.opened, self._calibration or training_data(stored))
 
 
 def merged_plain_adapter(
@@ -210,17 +189,3 @@ def merged_plain_adapter(
     if stored.rotation is None:
         return plain
     return to_original_basis(plain, stored.rotation, decoder_names(model.config), model)
-
-
-def _training_data(stored: StoredAdapter) -> str:
-    source = str(stored.manifest.config.get("data"))
-    expected = stored.manifest.parents.get("data")
-    if expected is None:  # a hub id
-        return source
-    path = Path(source)
-    if not path.is_file() or hash_file(path) != expected:
-        raise ConfigError(
-            f"{stored.directory}: its shortcut must be observed on rows of the task, and the "
-            f"training data {source} is not there or has changed; give --calibration"
-        )
-    return source

@@ -6,12 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from deploy.errors import ConfigError
+from deploy.errors import ConfigError, RoloraError
+from deploy.families import ENCODER_TYPES
 from deploy.gguf_files import find_demo_file
-from deploy.weight_files import find_demo_encoder
+from deploy.weight_files import CONFIG_NAME, find_demo_encoder, read_model_config
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_ENCODER = "minilm-l6"
@@ -55,6 +56,36 @@ def locate_model(reference: str | Path) -> LocatedModel:
     if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
         return LocatedModel(download_model(text), text)
     raise ConfigError(f"model {text}: no such file or directory; give {LOCAL_OPTIONS}, or a hub id")
+
+
+def is_encoder(reference: str | Path, *, fetch: bool = True) -> bool:
+    """Tell whether a model, checkpoint or merged model is an encoder, by its config.json alone.
+
+    Where there is none the answer is no, and whoever opens the model says what is wrong.
+
+    Args:
+        reference: See `locate_model`.
+        fetch: Download that file of a hub id, if it is not here yet.
+    """
+    text = str(reference)
+    path = Path(text).expanduser()
+    if text == DEMO_ENCODER:
+        return True
+    try:
+        if path.is_dir():
+            config = read_model_config(path)
+        elif not path.exists() and text != DEMO_MODEL and HUB_ID.fullmatch(text):
+            cached = try_to_load_from_cache(text, CONFIG_NAME)
+            if not isinstance(cached, str):
+                if not fetch:
+                    return False
+                cached = hf_hub_download(text, CONFIG_NAME)
+            config = read_model_config(Path(cached).parent)
+        else:
+            return False
+    except (RoloraError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return False
+    return config.get("model_type") in ENCODER_TYPES
 
 
 def download_model(reference: str) -> Path:

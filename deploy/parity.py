@@ -29,8 +29,8 @@ the same graph code builds them, and the tests hold every family to that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -260,12 +260,24 @@ def perturbed_logits(
     perturbation: float = PERTURBATION,
 ) -> np.ndarray:
     """Return the logits with relative noise on the embeddings."""
+    with perturbed_embedding(model, embedding, generator, perturbation):
+        return torch_logits(model, ids)
+
+
+@contextmanager
+def perturbed_embedding(
+    model: nn.Module,
+    embedding: str,
+    generator: torch.Generator,
+    perturbation: float = PERTURBATION,
+) -> Iterator[None]:
+    """Put relative noise on the embeddings of all forward passes inside the block."""
 
     def perturb(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output * (1.0 + perturbation * torch.randn(output.shape, generator=generator))
 
     handle = model.get_submodule(embedding).register_forward_hook(perturb)
     try:
-        return torch_logits(model, ids)
+        yield
     finally:
         handle.remove()

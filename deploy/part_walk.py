@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deploy.checkpoint import formats_to_details, stored_tensors
+from deploy.checkpoint import stored_tensors
+from deploy.checkpoint_reader import formats_to_details
 from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import DecoderSource, Part, decoder_parts
 from deploy.equalize import stored_scales

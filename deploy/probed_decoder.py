@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from deploy.decoder_graph import packed_name
 from deploy.errors import ArtifactError
+from deploy.linear_ops import packed_name
 from deploy.session import OnnxDecoder
 from rolora.decoder import BlockNames, DecoderNames
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from deploy.checkpoint import Checkpoint, StoredLinear
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import StoredLinear
 from deploy.graph_builder import GraphBuilder
 from deploy.linear_ops import concatenated_bias, stored_columns
 

@@ -14,6 +14,7 @@ This module needs numpy and onnxruntime only.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -118,21 +119,13 @@ class OnnxDecoder:
 
     def _open(self, name: str) -> ort.InferenceSession:
         """Load one graph of the directory."""
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if not self._shares_buffer:
-            for entry in PORTABLE_OPTIONS.items():
-                options.add_session_config_entry(*entry)
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        if self._profiles is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(self._profiles / name)
-        path = self._directory / name
-        try:
-            return ort.InferenceSession(str(path), options, providers=[self._provider])
-        except Exception as error:
-            raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        return open_session(
+            self._directory / name,
+            threads=self._threads,
+            profile=None if self._profiles is None else self._profiles / name,
+            provider=self._provider,
+            entries={} if self._shares_buffer else PORTABLE_OPTIONS,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -314,3 +307,38 @@ class OnnxDecoder:
         self.start(capacity=len(ids))
         result: np.ndarray = self.append(ids[None, :])[0]
         return result
+
+
+def open_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    profile: Path | None = None,
+    provider: str = CPU_PROVIDER,
+    entries: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
+    """Load a graph.
+
+    Args:
+        path: The file, with its data beside it.
+        threads: Threads per operator; None leaves the choice to ONNX Runtime.
+        profile: Start of the name of the file that records every operator; None records nothing.
+        provider: Execution provider.
+        entries: Session options by their keys.
+
+    Raises:
+        ArtifactError: A file is missing or ONNX Runtime cannot load the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {error}") from error

@@ -75,6 +75,22 @@ def verify_on(target: Target) -> Verification:
     )
 
 
+def saturation_hint(target: Target, verification: Verification) -> str:
+    """Return what to say of a failed check where this CPU's products saturate; "" if they do not.
+
+    Args:
+        target: Of the export.
+        verification: From `verify_on`.
+    """
+    if target is not Target.CPU or not verification.saturates:
+        return ""
+    return (
+        f". This processor has no VNNI: products of unsigned and signed bytes saturate at 16 bits, "
+        f"so that graph cannot run here; export with --target {Target.CPU_AVX2}, or on a processor "
+        f"with VNNI"
+    )
+
+
 @cache
 def cpu_saturates() -> bool:
     """Multiply the largest bytes, unsigned by signed, and see whether ONNX Runtime is exact."""

@@ -68,7 +68,7 @@ def find_weight_files(directory: Path) -> list[Path]:
     """
     single = directory / SINGLE_NAME
     if single.is_file():
-        _read_tensor_names(single)
+        read_tensor_names(single)
         return [single]
     index = directory / INDEX_NAME
     if not index.is_file():
@@ -84,7 +84,7 @@ def find_weight_files(directory: Path) -> list[Path]:
                 f"{path}: missing; {INDEX_NAME} puts {len(tensors)} tensors there; "
                 "download or copy the model again"
             )
-        absent = tensors - _read_tensor_names(path)
+        absent = tensors - read_tensor_names(path)
         if absent:
             raise ArtifactError(
                 f"{path}: lacks {name_some(absent)}, which {INDEX_NAME} puts there; "
@@ -129,7 +129,12 @@ def _read_weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _read_tensor_names(path: Path) -> set[str]:
+def read_tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file.
+
+    Raises:
+        ArtifactError: it is damaged, truncated, or a Git LFS pointer.
+    """
     try:
         with safe_open(path, framework="pt") as tensors:
             return set(tensors.keys())

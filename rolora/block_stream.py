@@ -1,4 +1,4 @@
-"""Calibration inputs that walk through a decoder block by block.
+"""Calibration inputs that walk through a model block by block.
 
 Only the hidden states between two blocks are kept, so that only the block between them needs its
 weights in memory. A stream that moves on when a block is quantized shows the next block the inputs
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rolora.blocks import Block, BlockStack
 from rolora.calibration import RangeObserver
-from rolora.decoder import BlockNames, DecoderNames
 
 
 class KnownRows(nn.Module):
@@ -98,7 +98,7 @@ class BlockStream:
     """Hidden states in front of the current block, one entry a calibration batch.
 
     Args:
-        model: The decoder.
+        model: A decoder or an encoder.
         names: Its parts.
         batches: Keyword arguments of its forward pass.
         embedding: What takes the embedding's place to begin with; None is the model's own.
@@ -107,17 +107,17 @@ class BlockStream:
     def __init__(
         self,
         model: nn.Module,
-        names: DecoderNames,
+        names: BlockStack,
         batches: Iterable[Mapping[str, Tensor]],
         embedding: nn.Module | None = None,
     ) -> None:
         self._model = model
         self.states: list[Tensor] = []
         """float32 [batch, tokens, hidden_size] each."""
-        self._options: dict[str, list[dict[str, Any]]] = {}
+        self._arguments: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         """By block, one entry a batch: masks and rotary embeddings, which layers may have of their
-        own. Layers that have the same share its tensors."""
-        fqns = [block_fqn(block) for block in names.blocks]
+        own, by place and by name. Layers that have the same share its tensors."""
+        fqns = [block.fqn for block in names.blocks]
         own = model.get_submodule(names.embedding)
         with ExitStack() as stack:
             stack.enter_context(_in_place_of(model, names.embedding, embedding or own))
@@ -131,15 +131,22 @@ class BlockStream:
                 except _Captured:
                     continue
 
-    def _capture(self, fqn: str, state: Tensor, options: dict[str, Any], *, last: bool) -> None:
-        self._options.setdefault(fqn, []).append(
-            options | {"past_key_values": None, "use_cache": False}
-        )
+    def _capture(
+        self,
+        fqn: str,
+        state: Tensor,
+        places: tuple[Any, ...],
+        options: dict[str, Any],
+        *,
+        last: bool,
+    ) -> None:
+        without_cache = options | {"past_key_values": None, "use_cache": False}
+        self._arguments.setdefault(fqn, []).append((places, without_cache))
         if last:
             self.states.append(state)
             raise _Captured
 
-    def moments(self, block: BlockNames, fqn: str, others: Sequence[Tensor] | None) -> Moments:
+    def moments(self, block: Block, fqn: str, others: Sequence[Tensor] | None) -> Moments:
         """Return the second moments of a linear's input.
 
         Online rotations are hooks that were registered earlier, so the input is seen after them.
@@ -171,7 +178,7 @@ class BlockStream:
 
     def advance(
         self,
-        block: BlockNames,
+        block: Block,
         observers: Mapping[str, RangeObserver] | None = None,
         kept: Iterable[str] = (),
     ) -> dict[str, list[Tensor]]:
@@ -207,14 +214,13 @@ class BlockStream:
         self.states = [output[0] if isinstance(output, tuple) else output for output in outputs]
         return inputs_of
 
-    def _run(self, block: BlockNames) -> list[Callable[[], Any]]:
+    def _run(self, block: Block) -> list[Callable[[], Any]]:
         """Return for each batch what runs the block on its state."""
-        fqn = block_fqn(block)
-        module, batches = self._model.get_submodule(fqn), self._options.get(fqn, [])
+        module, batches = self._model.get_submodule(block.fqn), self._arguments.get(block.fqn, [])
         run = torch.inference_mode()(module.__call__)
         return [
-            partial(run, state, **options)
-            for state, options in zip(self.states, batches, strict=True)
+            partial(run, state, *places, **options)
+            for state, (places, options) in zip(self.states, batches, strict=True)
         ]
 
 
@@ -230,18 +236,13 @@ def _keeper(found: list[Tensor]) -> Callable[[Tensor], None]:
 class _StandIn(nn.Module):
     """Takes the place of a block: tells what comes in, and gives the hidden states on."""
 
-    def __init__(self, capture: Callable[[Tensor, dict[str, Any]], None]) -> None:
+    def __init__(self, capture: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None]) -> None:
         super().__init__()
         self._capture = capture
 
-    def forward(self, state: Tensor, **options: Any) -> Tensor:
-        self._capture(state, options)
+    def forward(self, state: Tensor, *places: Any, **options: Any) -> Tensor:
+        self._capture(state, places, options)
         return state
-
-
-def block_fqn(block: BlockNames) -> str:
-    """Return the FQN of the module that holds a block's norms, attention and MLP."""
-    return block.attention_norm.rpartition(".")[0]
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rolora.activation_choice import InputStudy, choose_activations, needs_choice
+from rolora.blocks import BlockStack
 from rolora.calibration import RangeObserver, observe_inputs
-from rolora.decoder import DecoderNames
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.mixed_precision import Budget, mix_precision
 from rolora.overrides import Override
@@ -72,13 +72,13 @@ def needs_whole_model(recipe: QuantizationRecipe, budget: Budget | None = None) 
 
 def calibrate_plan(
     model: nn.Module,
-    names: DecoderNames,
+    names: BlockStack,
     recipe: QuantizationRecipe,
     batches: Iterable[Mapping[str, Tensor]],
     overrides: Sequence[Override] = (),
     budget: Budget | None = None,
 ) -> CalibratedPlan:
-    """Plan a decoder's quantization on calibration text.
+    """Plan a model's quantization on calibration text.
 
     Args:
         model: The float model, online rotations in force.
@@ -86,7 +86,7 @@ def calibrate_plan(
         recipe: Bit widths and granularities.
         batches: Forward-pass batches, iterated once for each step that needs them.
         overrides: Bits of single linears.
-        budget: Average bits to reach by raising the most sensitive ones.
+        budget: Average bits to reach by raising the most sensitive ones of a decoder.
 
     Raises:
         ValueError: An override or the budget cannot be followed, or there is no calibration text

@@ -47,6 +47,16 @@ class BlockNames:
     mlp_post_norm: str | None = None
     """RMSNorm between `down` and the residual stream, where there is one."""
 
+    @property
+    def fqn(self) -> str:
+        """The module that holds the block's norms, attention and MLP."""
+        return self.attention_norm.rpartition(".")[0]
+
+    @property
+    def attention(self) -> str:
+        """The module that holds query, key and value."""
+        return self.output.rpartition(".")[0]
+
     def linears(self) -> tuple[str, ...]:
         """Return the FQNs of the block's linears in the order in which data meets them."""
         return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)

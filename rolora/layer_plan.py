@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rolora.decoder import DecoderNames
+from rolora.blocks import BlockStack
 from rolora.overrides import Override, overridden
 from rolora.scheme import (
     FLOAT_BITS,
@@ -34,9 +34,9 @@ class LayerPlan:
 
 
 def plan_layers(
-    names: DecoderNames, recipe: QuantizationRecipe, overrides: Sequence[Override] = ()
+    names: BlockStack, recipe: QuantizationRecipe, overrides: Sequence[Override] = ()
 ) -> list[LayerPlan]:
-    """List every linear that the recipe quantizes, in depth order, the head last.
+    """List every linear that the recipe quantizes, in depth order, the head (if any) last.
 
     Args:
         names: The model's parts.
@@ -63,8 +63,9 @@ def plan_layers(
                 shared.append(LayerPlan(fqn, weight, spec, readers[0]))
             _require_one_input(shared)
             plans += shared
-    if recipe.head_bits != FLOAT_BITS or names.head in exceptions:
-        plans.append(_plan_head(names.head, recipe, exceptions.get(names.head, ())))
+    head = names.head
+    if head is not None and (recipe.head_bits != FLOAT_BITS or head in exceptions):
+        plans.append(_plan_head(head, recipe, exceptions.get(head, ())))
     return [plan for plan in plans if not _stays_float(plan)]
 
 
@@ -106,7 +107,7 @@ def _require_one_input(plans: Sequence[LayerPlan]) -> None:
             )
 
 
-def _require_whole_groups(names: DecoderNames, recipe: QuantizationRecipe) -> None:
+def _require_whole_groups(names: BlockStack, recipe: QuantizationRecipe) -> None:
     """Refuse groups of inputs that do not divide an input."""
     size, block = recipe.activation_group_size, names.blocks[0]
     if size is None:

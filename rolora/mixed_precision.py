@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from rolora.blocks import BlockStack
 from rolora.calibration import RangeObserver
-from rolora.decoder import DecoderNames
 from rolora.layer_plan import plan_layers
 from rolora.overrides import Override, overridden
 from rolora.scheme import UNQUANTIZED_BITS, QuantizationRecipe
@@ -104,7 +104,7 @@ def _spared_per_bit(unit: Sensitivity) -> float:
 
 def mix_precision(
     model: nn.Module,
-    names: DecoderNames,
+    names: BlockStack,
     recipe: QuantizationRecipe,
     overrides: Sequence[Override],
     budget: Budget,

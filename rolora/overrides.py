@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from rolora.decoder import DecoderNames, LinearRole
+from rolora.blocks import BlockStack
+from rolora.decoder import LinearRole
 from rolora.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
 
 
@@ -72,7 +73,7 @@ def matches(pattern: str, fqn: str, role: LinearRole) -> bool:
     return pattern == role or fnmatchcase(fqn, pattern) or fnmatchcase(fqn, f"*.{pattern}")
 
 
-def overridden(names: DecoderNames, overrides: Sequence[Override]) -> dict[str, list[Override]]:
+def overridden(names: BlockStack, overrides: Sequence[Override]) -> dict[str, list[Override]]:
     """Return the overrides of each linear that has any, in the order given.
 
     Args:
@@ -89,9 +90,10 @@ def overridden(names: DecoderNames, overrides: Sequence[Override]) -> dict[str, 
         for pattern in override.patterns:
             hits = {fqn for fqn, role in linears if matches(pattern, fqn, role)}
             if not hits:
+                roles = dict.fromkeys(role for _, role in linears)
                 raise ValueError(
                     f"override {str(override)!r}: {pattern!r} matches no linear; roles are "
-                    f"{', '.join(LinearRole)}, names look like {linears[0][0]}"
+                    f"{', '.join(roles)}, names look like {linears[0][0]}"
                 )
             named |= hits
         for fqn, _ in linears:

@@ -1,4 +1,4 @@
-"""Walk through a decoder and quantize it part by part, with little more than a part in memory."""
+"""Walk through a model and quantize it part by part, with little more than a part in memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rolora.block_stream import BlockStream, KnownRows, Moments, rows_of, rows_of_tokens, tokens_in
+from rolora.blocks import Block, BlockStack
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.calibration import RangeObserver
-from rolora.decoder import BlockNames, DecoderNames
 from rolora.fold import row_chunks
 from rolora.gptq import Gptq, GptqResult, aims_elsewhere
 from rolora.layer_plan import LayerPlan, plan_layers
@@ -41,7 +41,7 @@ FLOAT, QUANTIZED = "float", "quantized"
 
 
 class QuantizationWalk:
-    """Quantizes a decoder part by part: the embedding, each block in depth order, the head.
+    """Quantizes a model part by part: the embedding, each block in depth order, the head if any.
 
     Only the part at hand needs its weights in memory; the others may lie on the meta device. What
     goes from one part to the next are hidden states of the calibration text, which `state` gives
@@ -53,7 +53,7 @@ class QuantizationWalk:
       layers before were rounded by.
 
     Args:
-        model: A float32 decoder with an untied head; norms may or may not be folded. Online
+        model: A float32 decoder with an untied head, norms folded or not, or an encoder. Online
             rotations are pre-hooks on the linears and stay in force.
         names: Its parts.
         recipe: Bit widths and granularities.
@@ -67,7 +67,7 @@ class QuantizationWalk:
     def __init__(
         self,
         model: nn.Module,
-        names: DecoderNames,
+        names: BlockStack,
         recipe: QuantizationRecipe,
         batches: Sequence[Mapping[str, Tensor]],
         progress: Callable[[str], None] = lambda fqn: None,
@@ -123,11 +123,11 @@ class QuantizationWalk:
             seen_rows = table(tokens)
         self._open_streams(tokens, float_rows, seen_rows)
 
-    def quantize_block(self, block: BlockNames) -> list[LayerError]:
+    def quantize_block(self, block: Block) -> list[LayerError]:
         """Quantize the linears of a block, and move the states behind it.
 
         Raises:
-            ValueError: See `quantize_decoder`.
+            ValueError: See `quantize_model`.
         """
         observers = {fqn: RangeObserver() for fqn in block.linears() if fqn in self._static}
         stream = self._streams.get(QUANTIZED)
@@ -158,11 +158,11 @@ class QuantizationWalk:
                 norm must be in memory when the first is taken. Not touched if they stay float.
 
         Raises:
-            ValueError: See `quantize_decoder`.
+            ValueError: See `quantize_model`.
         """
         fqn = self._names.head
-        plan = self._plans.get(fqn)
-        if plan is None:
+        plan = None if fqn is None else self._plans.get(fqn)
+        if fqn is None or plan is None:
             return []
         if not self.quantizes(fqn):
             known = self._head_observers(plan)
@@ -178,7 +178,7 @@ class QuantizationWalk:
             if QUANTIZED not in self._streams:
                 q, scale = self._round(fqn, chunk, plan.weight)
             else:
-                gptq = gptq or _factorized(self._head_moments(), fqn)
+                gptq = gptq or _factorized(self._head_moments(fqn), fqn)
                 results.append(self._round_gptq(fqn, gptq, chunk, plan.weight))
                 q, scale = results[-1].q, results[-1].scale
             squares += squared_norms(chunk, q, scale, plan.weight)
@@ -249,35 +249,38 @@ class QuantizationWalk:
         with_gptq = self._recipe.weights is WeightMethod.GPTQ
         return with_gptq and fqn in self._plans and aims_elsewhere(self._plans[fqn].weight)
 
-    def _aimed_inputs(self, block: BlockNames) -> list[str]:
+    def _aimed_inputs(self, block: Block) -> list[str]:
         """Return the linears that stand for inputs of which GPTQ needs the float model's too."""
         return [readers[0] for readers in block.shared_inputs() if any(map(self._aims, readers))]
 
-    def _head_moments(self) -> Moments:
+    def _head_moments(self, fqn: str) -> Moments:
         """Return the second moments of what the head reads."""
-        norm = self._model.get_submodule(self._names.final_norm)
+        norm = self._final_norm()
         moments = Moments()
         own_states = self._streams[QUANTIZED].states
         others: Sequence[Tensor | None] = [None] * len(own_states)
-        if self._aims(self._names.head):
+        if self._aims(fqn):
             others = self._streams[FLOAT].states
         with torch.inference_mode():
             for own, other in zip(own_states, others, strict=True):
                 moments.add(rows_of(norm(own)), None if other is None else rows_of(norm(other)))
-        moments.require_any(self._names.head)
+        moments.require_any(fqn)
         return moments
 
     def _head_observers(self, plan: LayerPlan) -> Mapping[str, RangeObserver]:
         """Return what knows the head's input: with ranges of the float model's final norm."""
         if plan.observed not in self._static:
             return self._known
-        norm = self._model.get_submodule(self._names.final_norm)
-        head = self._model.get_submodule(self._names.head)
+        norm, head = self._final_norm(), self._model.get_submodule(plan.fqn)
         observer = RangeObserver()
         with torch.inference_mode():
             for state in self._streams[FLOAT].states:
                 observer.update_from(plan.fqn, rotated_input(head, norm(state)))
         return {plan.observed: observer}
+
+    def _final_norm(self) -> nn.Module:
+        fqn = self._names.final_norm
+        return nn.Identity() if fqn is None else self._model.get_submodule(fqn)
 
 
 def _factorized(moments: Moments, fqn: str) -> Gptq:
@@ -296,9 +299,9 @@ def _joined_errors(results: Sequence[GptqResult]) -> tuple[float, float] | tuple
     )
 
 
-def quantize_decoder(
+def quantize_model(
     model: nn.Module,
-    names: DecoderNames,
+    names: BlockStack,
     recipe: QuantizationRecipe,
     calibration: Iterable[Mapping[str, Tensor]],
     progress: Callable[[str], None] = lambda fqn: None,
@@ -327,7 +330,8 @@ def quantize_decoder(
     walk = QuantizationWalk(model, names, recipe, batches, progress, planned)
     walk.quantize_embedding(rows_in_memory(model, names.embedding))
     errors = [error for block in names.blocks for error in walk.quantize_block(block)]
-    return errors + walk.quantize_head(rows_in_memory(model, names.head))
+    head = [] if names.head is None else walk.quantize_head(rows_in_memory(model, names.head))
+    return errors + head
 
 
 def rows_in_memory(model: nn.Module, fqn: str) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ TORCH_FREE = (
     "deploy.staging",
     "deploy.artifact",
     "deploy.session",
+    "deploy.encoder_session",
     "deploy.run",
 )
 MODULE_NAMES = re.compile(

@@ -40,7 +40,7 @@ from tests.deploy.tiny_artifacts import (
     save_model,
     write_rows,
 )
-from tests.deploy.tiny_classifiers import save_encoder, write_labelled
+from tests.deploy.tiny_classifiers import make_classifier_adapter, save_encoder, write_labelled
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
@@ -743,6 +743,47 @@ def test_an_encoder_learns_to_classify_from_the_command_line(
     assert (mixed.code, "classification stands alone" in mixed.err) == (2, True)
     limited = terminal(*measure, "--adapter", tmp_path / "out", "--limit", 1)
     assert (limited.code, "no --limit" in limited.err) == (2, True)
+
+
+def test_an_encoder_goes_from_adapter_to_answers_in_integers(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = save_encoder(tmp_path / "bert"), tmp_path / "adapter.jsonl"
+    make_classifier_adapter(model, tmp_path / "adapter")
+    quantize = ("merge-rotate-quantize", "--model", model, "--adapter", tmp_path / "adapter")
+    options = ("--scheme", "W8A8", "--output", tmp_path / "checkpoint")
+    shown = json.loads(terminal(*quantize, *options, "--dry-run").out)
+    assert (shown["rotate"], shown["recipe"]["static_after_norm"]) == ([], False)
+    assert shown["recipe"]["head_bits"] == 32
+    refused = terminal(*quantize, *options, "--rotate", "r1,r2", "--head-bits", 8)
+    assert refused.code == 2
+    assert "2 faults: - an encoder is not rotated" in refused.err
+    shortcut = terminal(*quantize, *options)
+    assert (shortcut.code, "cannot merge structure input" in shortcut.err) == (2, True)
+    done = terminal(*quantize, *options, "--merge", "auto", "--rotate", "none")
+    assert done.code == 0, done.err
+    export = ("export", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr("deploy.encoder_parity.LEAST_BOUND", 0.0)
+        patch.setattr("deploy.encoder_parity.FLOOR_FACTOR", 0.0)
+        failed = terminal(*export)
+        assert failed.code == 6
+        assert "departs from the torch reference" in failed.err
+        assert not (tmp_path / "onnx").exists()
+    written = terminal(*export)
+    assert written.code == 0, written.err
+    assert "rolora evaluate --tasks classification" in written.out
+    measure = ("evaluate", "--tasks", "classification", "--data", data, "--model")
+    for directory in ("checkpoint", "onnx"):
+        found = terminal(*measure, tmp_path / directory, "--threads", 1, "--json")
+        assert found.code == 0, found.err
+        assert json.loads(found.out)["results"]["n"] == 16
+    inspected = terminal("inspect", tmp_path / "onnx", "--verify")
+    assert inspected.code == 0
+    assert "onnx-encoder" in inspected.out
+    assert "MultiHeadAttention" in inspected.out
+    wrong = terminal("run", "--model", tmp_path / "onnx", "--prompt", "x")
+    assert (wrong.code, "got kind onnx-encoder" in wrong.err) == (3, True)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from deploy.artifact import library_versions, read_manifest
-from deploy.checkpoint import WEIGHTS_NAME
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.part_store import RECORD_NAME, progress_directory

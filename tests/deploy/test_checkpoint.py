@@ -13,13 +13,12 @@ from safetensors.numpy import load_file, save_file
 from deploy.architecture import decoder_names
 from deploy.artifact import MANIFEST_NAME
 from deploy.checkpoint import (
-    WEIGHTS_NAME,
     Checkpoint,
-    formats_to_details,
     weights_bytes,
     write_model,
     write_weights,
 )
+from deploy.checkpoint_reader import WEIGHTS_NAME, formats_to_details
 from deploy.checkpoint_settings import choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model

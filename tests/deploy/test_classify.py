@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from deploy.artifact import read_manifest
 from deploy.classify import evaluate_on_rows, open_classifier
 from deploy.encoder_loading import load_classifier
-from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
+from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.merge import Destination, MergeSettings, merge
 from reslora.config import AdapterConfig, Structure
@@ -26,6 +26,7 @@ from tests.deploy.tiny_classifiers import (
     save_encoder,
     write_labelled,
 )
+from tests.deploy.tiny_encoder_artifacts import make_encoder_export
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +219,50 @@ def test_calibration_rows_are_those_of_training_or_asked_for(
     report = merge_classifier(model, adapter, tmp_path / "merged", MergeMethod.LEAST_SQUARES, rows)
     assert report["method"] == "least-squares"
     assert report["kl_mean"] < 0.1
+
+
+def test_quantized_and_exported_classifiers_are_measured_alike(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    adapter = make_classifier_adapter(model, tmp_path / "adapter", Structure.BLOCK)
+    before = evaluate_on_rows(str(model), adapter, str(rows))["results"]
+    export = make_encoder_export(model, tmp_path / "onnx", "W8A8", adapter=adapter)
+    checkpoint = tmp_path / "onnx-checkpoint"
+    quantized = evaluate_on_rows(str(checkpoint), None, str(rows))
+    exported = evaluate_on_rows(str(export), None, str(rows), threads=1)
+    assert quantized["labels"] == exported["labels"] == ["0", "1"]
+    for found in (quantized["results"], exported["results"]):
+        assert found["accuracy"] == before["accuracy"]
+        assert found["loss"] == pytest.approx(before["loss"], abs=0.05)
+        assert found["loss"] != before["loss"]
+    assert exported["results"]["loss"] == pytest.approx(quantized["results"]["loss"], abs=0.02)
+    with pytest.raises(StageOrderError, match="expected a model, got an artifact of kind"):
+        evaluate_on_rows(str(export), adapter, str(rows))
+    (export / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"model.onnx: expected"):
+        evaluate_on_rows(str(export), None, str(rows))
+
+
+def test_an_exported_regression_keeps_its_numbers(model: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"sentence1": row["sentence"], "sentence2": "so", "score": row["label"] * 2.5}
+        for row in ROWS
+    ]
+    data = write_labelled(tmp_path / "pairs.jsonl", pairs)
+    finetune(classifier_settings(model, data), tmp_path / "adapter")
+    export = make_encoder_export(
+        model, tmp_path / "onnx", "W8A8", adapter=tmp_path / "adapter", merge=None, weights="gptq"
+    )
+    before = evaluate_on_rows(str(model), tmp_path / "adapter", str(data))["results"]
+    after = evaluate_on_rows(str(export), None, str(data))
+    assert after["labels"] == []
+    assert after["results"]["loss"] == pytest.approx(before["loss"], rel=0.3)
+
+
+def test_encoders_without_a_head_tell_no_classes_apart(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    export = make_encoder_export(model, tmp_path / "onnx", "W8A8")
+    for directory in (export, tmp_path / "onnx-checkpoint"):
+        with pytest.raises(ConfigError, match="without a classification head"):
+            evaluate_on_rows(str(directory), None, str(rows))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, RobertaForMaskedLM
 
 import deploy.weight_files
-from deploy.encoder_loading import load_classifier, save_classifier
+from deploy.encoder_loading import load_classifier, load_encoder, save_classifier
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.loading import load_model
 from reslora.labelled_rows import LabelScheme
@@ -77,6 +77,33 @@ def test_pretraining_heads_are_left_out(kind: type, tmp_path: Path) -> None:
             load_classifier(tmp_path / "mlm", LABELS)
         return
     assert load_classifier(tmp_path / "mlm", LABELS).head_is_new
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_an_encoder_as_it_is_has_the_head_of_its_files(model_type: str, tmp_path: Path) -> None:
+    whole = save_encoder(tmp_path / "whole", model_type, with_head=True)
+    loaded, labels = load_encoder(whole)
+    assert labels == LabelScheme(("LABEL_0", "LABEL_1"))
+    assert loaded.digest == load_classifier(whole).loaded.digest
+    bare, none = load_encoder(save_encoder(tmp_path / "bare", model_type))
+    assert none is None
+    assert not bare.model.training
+    held = dict(bare.model.named_parameters())
+    assert not any("pooler" in name for name in held)
+    for name, parameter in held.items():
+        assert torch.equal(parameter, loaded.model.base_model.get_parameter(name))
+    kind = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}[model_type]
+    kind(bare.model.config).save_pretrained(tmp_path / "mlm")
+    build_encoder_tokenizer().save_pretrained(tmp_path / "mlm")
+    found, none = load_encoder(tmp_path / "mlm")
+    assert none is None
+    assert dict(found.model.named_parameters()).keys() == held.keys()
+    edit(tmp_path / "bare", encoder__layer__1__output__dense__weight=None)
+    with pytest.raises(ArtifactError, match=r"the files lack encoder.layer.1.output.dense"):
+        load_encoder(tmp_path / "bare")
+    edit(tmp_path / "whole", classifier__odd=torch.zeros(2))
+    with pytest.raises(ArtifactError, match=r"hold, but the model has not, classifier.odd"):
+        load_encoder(tmp_path / "whole")
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import onnx
 import pytest
 
 from deploy.artifact import hash_file, read_manifest, verify_files
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.export import DATA_NAME
 from deploy.parity import parity_tokens

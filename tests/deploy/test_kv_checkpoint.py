@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deploy.artifact import MANIFEST_NAME
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.checkpoint_settings import CheckpointSettings, default_rotations, parse_rotation
 from deploy.errors import ArtifactError, ConfigError
 from rolora.kv_attention import CODEC_NAME, attention_fqn

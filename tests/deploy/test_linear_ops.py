@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.checkpoint import StoredLinear
+from deploy.checkpoint_reader import StoredLinear
 from deploy.graph_builder import GraphBuilder, graph_value, name_output
 from deploy.input_ops import QuantizedInput, quantize_input
 from deploy.linear_ops import float_linear, integer_linear, nbits_linear

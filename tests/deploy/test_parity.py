@@ -12,7 +12,8 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import deploy.export
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint
+from deploy.checkpoint import Checkpoint
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
 from deploy.exact_weights import check_exact_weights

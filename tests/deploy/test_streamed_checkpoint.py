@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from deploy import part_store, part_walk
 from deploy.artifact import read_manifest
 from deploy.calibration_text import calibration_batches
-from deploy.checkpoint import WEIGHTS_NAME, Checkpoint, stored_tensors
+from deploy.checkpoint import Checkpoint, stored_tensors
+from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.errors import ArtifactError, ConfigError
 from deploy.loading import load_local_tokenizer
 from deploy.merge_rotate_quantize import merge_rotate_quantize

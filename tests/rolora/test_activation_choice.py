@@ -11,7 +11,7 @@ from rolora.activation import rounded_activation
 from rolora.activation_choice import CLIP_RATIOS, STATIC_TOLERANCE, InputStudy
 from rolora.calibrated_plan import calibrate_plan
 from rolora.overrides import Override
-from rolora.quantization_walk import quantize_decoder
+from rolora.quantization_walk import quantize_model
 from rolora.scheme import ActivationSpec, Granularity, QuantizationRecipe, Scheme
 
 MakeDecoder = Callable[..., Any]
@@ -99,7 +99,7 @@ def test_what_was_planned_is_what_is_built(decoder: Any) -> None:
     names = decoder.names
     given = recipe("W4A4", activation_clip="auto", static_after_norm="auto")
     planned = calibrate_plan(decoder.model, names, given, BATCHES, [Override.parse("o,down=A8")])
-    quantize_decoder(decoder.model, names, given, BATCHES, planned=planned)
+    quantize_model(decoder.model, names, given, BATCHES, planned=planned)
     for plan in planned.plans:
         module = decoder.model.get_submodule(plan.fqn)
         assert (module.weight_spec, module.activation) == (plan.weight, plan.activation)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rolora.block_stream import BlockStream, KnownRows, block_fqn
+from rolora.block_stream import BlockStream, KnownRows
 from rolora.calibration import RangeObserver, observe_inputs
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.online import install_online_rotations
@@ -73,7 +73,7 @@ def test_states_and_moments_are_those_of_the_full_forward(
 ) -> None:
     decoder = make_decoder(model_type)
     model, names = decoder.model, decoder.names
-    blocks = [block_fqn(block) for block in names.blocks]
+    blocks = [block.fqn for block in names.blocks]
     wanted = [*blocks, *(fqn for block in names.blocks for fqn in linears(block))]
     seen = full_forward_inputs(model, wanted)
     stream = BlockStream(model, names, BATCHES)

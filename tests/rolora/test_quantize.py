@@ -14,7 +14,7 @@ from rolora.fuse import fuse_rotations
 from rolora.layer_plan import plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
-from rolora.quantization_walk import QuantizationWalk, quantize_decoder, rows_in_memory
+from rolora.quantization_walk import QuantizationWalk, quantize_model, rows_in_memory
 from rolora.rotation import RotationKind, RotationName, RotationPlan
 from rolora.rtn import quantize_weight
 from rolora.scheme import (
@@ -84,7 +84,7 @@ def test_every_linear_and_the_embedding_are_replaced(
     decoder = make_float(model_type)
     linears = [fqn for fqn, m in decoder.model.named_modules() if isinstance(m, nn.Linear)]
     finished: list[str] = []
-    errors = quantize_decoder(
+    errors = quantize_model(
         decoder.model, decoder.names, recipe(weights=method), BATCHES, finished.append
     )
     modules = dict(decoder.model.named_modules())
@@ -99,9 +99,7 @@ def test_float_embedding_and_head_stay(make_float: MakeDecoder) -> None:
     decoder = make_float()
     names = decoder.names
     kept = [decoder.model.get_submodule(fqn) for fqn in (names.embedding, names.head)]
-    errors = quantize_decoder(
-        decoder.model, names, recipe(embedding_bits=32, head_bits=32), BATCHES
-    )
+    errors = quantize_model(decoder.model, names, recipe(embedding_bits=32, head_bits=32), BATCHES)
     assert kept == [decoder.model.get_submodule(fqn) for fqn in (names.embedding, names.head)]
     assert names.head not in [error.fqn for error in errors]
     assert decoder.logits().isfinite().all()
@@ -115,7 +113,7 @@ def test_w8a8_is_close_to_float_and_w4a4_is_not(
     for scheme in ("W8A8", "W4A4"):
         decoder = make_float(model_type)
         expected = decoder.logits()
-        quantize_decoder(
+        quantize_model(
             decoder.model, decoder.names, recipe(scheme, static_after_norm=static), BATCHES
         )
         errors[scheme] = decoder.error_to(expected)
@@ -129,7 +127,7 @@ def test_rotations_stay_in_force(make_float: MakeDecoder) -> None:
     expected = decoder.logits()
     rotate(decoder)
     assert decoder.error_to(expected) < 1e-4
-    quantize_decoder(decoder.model, decoder.names, recipe(), BATCHES)
+    quantize_model(decoder.model, decoder.names, recipe(), BATCHES)
     assert decoder.error_to(expected) < W8A8_ERROR
     # The control: without its pre-hooks a down projection reads the wrong basis.
     decoder.model.get_submodule(decoder.names.blocks[0].down)._forward_pre_hooks.clear()
@@ -141,7 +139,7 @@ def test_scales_are_those_of_the_observed_inputs(make_float: MakeDecoder) -> Non
     block = decoder.names.blocks[1]
     observers = observe_inputs(decoder.model, [block.query, block.gate], BATCHES)
     bias = decoder.model.get_submodule(block.value).bias.detach().clone()
-    quantize_decoder(decoder.model, decoder.names, recipe("W8A6"), BATCHES)
+    quantize_model(decoder.model, decoder.names, recipe("W8A6"), BATCHES)
     for fqns in ((block.query, block.key, block.value), (block.gate, block.up)):
         for fqn in fqns:
             scale = decoder.model.get_submodule(fqn).input_scale
@@ -163,7 +161,7 @@ def test_errors_measure_the_change_of_the_weight(
         for fqn, m in model.named_modules()
         if isinstance(m, nn.Linear)
     }
-    errors = quantize_decoder(
+    errors = quantize_model(
         model, names_of(model.config), recipe("W4A8", group_size=group_size), BATCHES
     )
     assert len(errors) == len(before)
@@ -180,7 +178,7 @@ def test_errors_measure_the_change_of_the_weight(
 def test_gptq_lowers_the_error_on_the_calibration_inputs(make_float: MakeDecoder) -> None:
     decoder = make_float()
     rotate(decoder)
-    errors = quantize_decoder(
+    errors = quantize_model(
         decoder.model, decoder.names, recipe("W4A8", weights=WeightMethod.GPTQ), BATCHES
     )
     pairs = [
@@ -202,7 +200,7 @@ def test_the_head_is_rounded_in_parts_as_in_one(
         decoder = make_float()
         rotate(decoder)
         options = recipe("W4A8", weights=WeightMethod.GPTQ, head_bits=4)
-        errors = quantize_decoder(decoder.model, decoder.names, options, BATCHES)
+        errors = quantize_model(decoder.model, decoder.names, options, BATCHES)
         heads.append((decoder.model.get_submodule(decoder.names.head), errors[-1]))
     (whole, whole_error), (parts, parts_error) = heads
     assert torch.equal(whole.weight, parts.weight)
@@ -223,7 +221,7 @@ def test_an_embedding_that_no_group_divides_is_refused(make_float: MakeDecoder) 
     decoder = make_float()  # 36 columns
     options = recipe("W8A8", embedding_bits=4)
     with pytest.raises(ValueError, match="4 bits have a scale for 64, 32, 16 columns"):
-        quantize_decoder(decoder.model, decoder.names, options, BATCHES)
+        quantize_model(decoder.model, decoder.names, options, BATCHES)
     assert options.embedding_weight(96) == WeightSpec(4, 32)
 
 
@@ -232,7 +230,7 @@ def test_integers_repeat(make_float: MakeDecoder, method: WeightMethod) -> None:
     states = []
     for _ in range(2):
         decoder = make_float("qwen3")
-        quantize_decoder(decoder.model, decoder.names, recipe(weights=method), BATCHES)
+        quantize_model(decoder.model, decoder.names, recipe(weights=method), BATCHES)
         states.append(decoder.weights())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -245,7 +243,7 @@ def test_a_weight_that_is_not_finite_is_named(make_float: MakeDecoder) -> None:
         with torch.no_grad():
             decoder.model.get_submodule(fqn).weight[1, 2] = float("nan")
         with pytest.raises(ValueError, match=rf"^{fqn}: weight has NaN"):
-            quantize_decoder(decoder.model, decoder.names, recipe(static_after_norm=False), [])
+            quantize_model(decoder.model, decoder.names, recipe(static_after_norm=False), [])
 
 
 def test_calibration_that_meets_nan_names_where(make_float: MakeDecoder) -> None:
@@ -255,13 +253,13 @@ def test_calibration_that_meets_nan_names_where(make_float: MakeDecoder) -> None
         decoder.model.get_submodule(block.up).weight.fill_(1e38)
     behind = decoder.names.blocks[2].query
     with pytest.raises(ValueError, match=rf"^{behind}: calibration: an activation is NaN"):
-        quantize_decoder(decoder.model, decoder.names, recipe(), BATCHES)
+        quantize_model(decoder.model, decoder.names, recipe(), BATCHES)
 
 
 def test_a_group_size_that_does_not_fit_names_the_layer(make_float: MakeDecoder) -> None:
     decoder = make_float()  # hidden size 36
     with pytest.raises(ValueError, match=rf"^{decoder.names.blocks[0].query}: group size 32 does"):
-        quantize_decoder(decoder.model, decoder.names, recipe(group_size=32), BATCHES)
+        quantize_model(decoder.model, decoder.names, recipe(group_size=32), BATCHES)
 
 
 @pytest.mark.parametrize(
@@ -273,21 +271,21 @@ def test_missing_calibration_is_refused_where_the_recipe_needs_it(
     decoder = make_float()
     query = decoder.names.blocks[0].query
     with pytest.raises(ValueError, match=rf"^{query}: .*at least one token"):
-        quantize_decoder(decoder.model, decoder.names, recipe(**options), [])
+        quantize_model(decoder.model, decoder.names, recipe(**options), [])
 
 
 def test_quantizing_twice_is_refused(make_float: MakeDecoder) -> None:
     decoder = make_float()
     options = {"embedding_bits": 32, "static_after_norm": False}
-    quantize_decoder(decoder.model, decoder.names, recipe(**options), [])
+    quantize_model(decoder.model, decoder.names, recipe(**options), [])
     with pytest.raises(ValueError, match=r"expected a float nn\.Linear, got QuantizedLinear"):
-        quantize_decoder(decoder.model, decoder.names, recipe(**options), [])
+        quantize_model(decoder.model, decoder.names, recipe(**options), [])
 
 
 @pytest.mark.parametrize("method", WeightMethod)
 def test_a_walk_goes_on_from_its_state(make_float: MakeDecoder, method: WeightMethod) -> None:
     whole, first, second = (make_float("qwen2") for _ in range(3))
-    expected = quantize_decoder(whole.model, whole.names, recipe(weights=method), BATCHES)
+    expected = quantize_model(whole.model, whole.names, recipe(weights=method), BATCHES)
     names = first.names
     walk = QuantizationWalk(first.model, names, recipe(weights=method), BATCHES)
     walk.quantize_embedding(rows_in_memory(first.model, names.embedding))

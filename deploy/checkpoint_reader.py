@@ -1,0 +1,246 @@
+"""Reads the files of a quantized checkpoint lazily, whatever kind of model it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Self, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
+from deploy.errors import ArtifactError
+from rolora.blocks import BlockStack
+from rolora.layer_plan import LayerPlan
+from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
+from rolora.packing import unpack_int4
+from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
+
+WEIGHTS_NAME = "model.safetensors"
+Names = TypeVar("Names", bound=BlockStack, covariant=True)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One linear of a checkpoint: its sizes, and its format if it is quantized."""
+
+    fqn: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    weight: WeightSpec
+    """How the weight is stored; 16 bits is float with a quantized input, 32 all float."""
+    activation: ActivationSpec | None
+    """How the input is quantized; None for a float linear."""
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether no integer product computes it, only MatMulNBits: groups, or a float input."""
+        spec = self.activation
+        return spec is not None and (spec.is_float or spec.granularity is Granularity.GROUP)
+
+
+class CheckpointReader(Generic[Names]):
+    """Reads a checkpoint directory without loading it.
+
+    Args:
+        directory: A directory that `merge-rotate-quantize` wrote.
+        name_parts: Names the parts of the model, given its config and the manifest.
+        verify: Compare every file with the manifest's sha256 first.
+
+    Raises:
+        StageOrderError: The directory is not such a checkpoint.
+        ArtifactError: A file is missing or damaged.
+        UnsupportedModelError: It holds another kind of model.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name_parts: Callable[[PretrainedConfig, Manifest], Names],
+        *,
+        verify: bool = True,
+    ) -> None:
+        self.directory = directory
+        self.manifest = read_manifest(directory, ArtifactKind.CHECKPOINT)
+        if verify:
+            verify_files(directory)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        self.names: Names = name_parts(self.config, self.manifest)
+        self._formats = _formats_from_details(self.manifest.details, directory)
+        self._files = ExitStack()
+        try:
+            self._tensors = self._files.enter_context(
+                safe_open(directory / WEIGHTS_NAME, framework="np")
+            )
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again"
+            ) from error
+        self._keys = frozenset(self._tensors.keys())
+
+    def close(self) -> None:
+        """Release the mapped weights."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def has(self, key: str) -> bool:
+        """Return whether a tensor is stored."""
+        return key in self._keys
+
+    def keys(self) -> frozenset[str]:
+        """Return the names of all stored tensors."""
+        return self._keys
+
+    def array(self, key: str) -> np.ndarray:
+        """Read one tensor as stored.
+
+        Raises:
+            ArtifactError: There is no such tensor.
+        """
+        self._require(key)
+        array: np.ndarray = self._tensors.get_tensor(key)
+        return array
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the stored shape of a tensor without reading it.
+
+        Raises:
+            ArtifactError: There is no such tensor.
+        """
+        self._require(key)
+        return tuple(self._tensors.get_slice(key).get_shape())
+
+    def _require(self, key: str) -> None:
+        if key not in self._keys:
+            raise ArtifactError(
+                f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
+                f"checkpoint again"
+            )
+
+    def linear(self, fqn: str) -> StoredLinear:
+        """Describe one linear."""
+        plan = self._formats.get(fqn)
+        weight = WeightSpec(32) if plan is None else plan.weight
+        rows, columns = self.shape(f"{fqn}.weight")
+        return StoredLinear(
+            fqn=fqn,
+            in_features=columns * 2 if weight.bits == 4 else columns,
+            out_features=rows,
+            has_bias=self.has(f"{fqn}.bias"),
+            weight=weight,
+            activation=None if plan is None else plan.activation,
+        )
+
+    @property
+    def embedding_spec(self) -> WeightSpec | None:
+        """How the embedding is stored; None is float."""
+        key = f"{self.names.embedding}.weight"
+        if not self.has(f"{key}_scale"):
+            return None
+        bits = 8 if self.shape(key)[1] == self.names.hidden_size else 4
+        scales = self.shape(f"{key}_scale")
+        return WeightSpec(bits, None if len(scales) == 1 else self.names.hidden_size // scales[1])
+
+    def quantized_embedding(self, spec: WeightSpec) -> QuantizedEmbedding:
+        """Read the embedding's integers and scales, which `spec` describes."""
+        key = f"{self.names.embedding}.weight"
+        stored = self._tensor(key)
+        table = unpack_int4(stored) if spec.bits == 4 else stored
+        return QuantizedEmbedding(table, self._tensor(f"{key}_scale"), spec)
+
+    def integers(self, linear: StoredLinear) -> np.ndarray:
+        """Read the integers of a quantized linear, int8 [out, in], unpacked."""
+        stored = self.array(f"{linear.fqn}.weight")
+        if linear.weight.bits != 4:
+            return stored
+        return unpack_int4(torch.from_numpy(stored)).numpy()
+
+    def put_integers(self, model: nn.Module, fqns: Iterable[str]) -> None:
+        """Put integer modules in the place of the embedding and of linears that are quantized.
+
+        Args:
+            model: Of the checkpoint's config.
+            fqns: Linears, quantized or not.
+        """
+        for fqn in fqns:
+            linear = self.linear(fqn)
+            if linear.activation is not None:
+                model.set_submodule(fqn, self._quantized_linear(linear))
+        if self.embedding_spec is not None:
+            model.set_submodule(self.names.embedding, self.quantized_embedding(self.embedding_spec))
+
+    def _tensor(self, key: str) -> Tensor:
+        return torch.from_numpy(self.array(key))
+
+    def _quantized_linear(self, linear: StoredLinear) -> QuantizedLinear | InputQuantizedLinear:
+        assert linear.activation is not None
+        fqn = linear.fqn
+        static = linear.activation.granularity is Granularity.TENSOR
+        input_scale = self._tensor(f"{fqn}.input_scale") if static else None
+        bias = self._tensor(f"{fqn}.bias") if linear.has_bias else None
+        if linear.weight.bits == UNQUANTIZED_BITS:
+            weight = self._tensor(f"{fqn}.weight")
+            return InputQuantizedLinear(weight, bias, linear.activation, input_scale)
+        return QuantizedLinear(
+            torch.from_numpy(self.integers(linear)),
+            self._tensor(f"{fqn}.weight_scale"),
+            bias,
+            linear.weight,
+            linear.activation,
+            input_scale,
+        )
+
+
+AnyCheckpoint: TypeAlias = CheckpointReader[BlockStack]
+"""Of a decoder or an encoder."""
+
+
+def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:
+    """Return the format of each quantized linear as plain data for the manifest."""
+    return {
+        plan.fqn: {
+            "weight_bits": plan.weight.bits,
+            "weight_group_size": plan.weight.group_size,
+            "activation_bits": plan.activation.bits,
+            "activation_granularity": str(plan.activation.granularity),
+            "activation_clip_ratio": plan.activation.clip_ratio,
+            "activation_group_size": plan.activation.group_size,
+            "activation_symmetric": plan.activation.symmetric,
+        }
+        for plan in plans
+    }
+
+
+def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, LayerPlan]:
+    """Read what `formats_to_details` wrote, also before it knew of the last two fields."""
+    formats = {}
+    for fqn, raw in details.get("linears", {}).items():
+        try:
+            weight = WeightSpec(raw["weight_bits"], raw["weight_group_size"])
+            granularity = Granularity(raw["activation_granularity"])
+            group_size = weight.group_size if granularity is Granularity.GROUP else None
+            activation = ActivationSpec(
+                raw["activation_bits"],
+                granularity,
+                raw["activation_clip_ratio"],
+                raw.get("activation_group_size", group_size),
+                symmetric=raw.get("activation_symmetric", True),
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{where}: the manifest's format of {fqn} is unreadable: {error!r}"
+            ) from error
+        formats[fqn] = LayerPlan(fqn, weight, activation, fqn)
+    return formats

@@ -1,0 +1,118 @@
+"""The export stage for encoders: checkpoint -> ONNX directory for ONNX Runtime.
+
+    model.onnx              one graph: whole texts to hidden states, and to logits of a classifier
+    model.onnx.data         its weights
+    tokenizer.json, ...     copied from the checkpoint
+    rolora_manifest.json    where it came from, and the parity that was measured
+
+The directory appears only after the graph has been run and compared with the torch reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deploy.artifact import (
+    ArtifactKind,
+    Manifest,
+    finished_artifact,
+    library_versions,
+    new_artifact,
+    write_manifest,
+)
+from deploy.checkpoint_reader import WEIGHTS_NAME
+from deploy.encoder_checkpoint import LABELS, EncoderCheckpoint
+from deploy.encoder_graph import EncoderGraph
+from deploy.encoder_parity import check_encoder_parity, parity_batch
+from deploy.errors import ParityError
+from deploy.export import (
+    ExportFormat,
+    ExportReport,
+    copy_companions,
+    count_domains,
+    count_operators,
+    save_graph,
+)
+from deploy.kernels import Kernel, encoder_form
+from deploy.memory import peak_memory_bytes
+from deploy.session import GRAPH_NAME
+from deploy.targets import Target
+from deploy.verification import saturation_hint, verify_on
+
+
+def export_encoder(
+    checkpoint_directory: Path,
+    output: Path,
+    target: Target = Target.CPU,
+    kernel: Kernel = Kernel.AUTO,
+    progress: Callable[[str], None] = lambda step: None,
+) -> ExportReport:
+    """Export a checkpoint and check the result.
+
+    Args:
+        checkpoint_directory: From `quantize_encoder`.
+        output: The directory to make.
+        target: Processor whose kernels the graph addresses.
+        kernel: Kernels of the quantized linears.
+        progress: Called with a line for each step.
+
+    Raises:
+        ConfigError: The output exists, or an encoder does not have the target or kernel.
+        StageOrderError: The directory is no checkpoint.
+        ArtifactError: A file is missing or damaged, or the disk is full.
+        UnsupportedModelError: ONNX Runtime has no kernel for the scheme, or no node for the
+            activation.
+        ParityError: The graph does not compute what the checkpoint does; nothing is left behind.
+    """
+    with EncoderCheckpoint(checkpoint_directory) as checkpoint:
+        form = encoder_form(checkpoint, kernel, target)
+        parents = {"checkpoint": checkpoint.manifest.digest}
+        config: dict[str, Any] = {
+            "format": str(ExportFormat.ONNX),
+            "target": str(target),
+            "kernel": str(kernel),
+        }
+        if done := finished_artifact(output, ArtifactKind.ENCODER, parents, config):
+            progress(f"{output} is finished already")
+            return ExportReport(output, done, peak_memory_bytes())
+        needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
+        with new_artifact(output, needed_bytes=needed) as directory:
+            progress(f"writing {GRAPH_NAME}")
+            model = EncoderGraph(checkpoint, form).build()
+            save_graph(model, directory / GRAPH_NAME)
+            copy_companions(checkpoint_directory, directory)
+            progress("checking parity with the torch reference")
+            verification = verify_on(target)
+            try:
+                parity = check_encoder_parity(checkpoint, directory, parity_batch(checkpoint), form)
+            except ParityError as error:
+                raise ParityError(f"{error}{saturation_hint(target, verification)}") from error
+            details: dict[str, Any] = {
+                "scheme": checkpoint.manifest.details.get("scheme"),
+                "model": checkpoint.manifest.config.get("model"),
+                "model_digest": checkpoint.manifest.parents.get("model"),
+                "target": str(target),
+                "kernels": {form.file: str(form.kernel)},
+                "operators": count_operators(model),
+                "operator_domains": count_domains(model),
+                "context_length": checkpoint.token_limit,
+            }
+            if checkpoint.labels is not None:
+                details[LABELS] = list(checkpoint.labels.names)
+            manifest = write_manifest(
+                directory,
+                Manifest(
+                    ArtifactKind.ENCODER,
+                    parents=parents,
+                    config=config,
+                    versions=library_versions(),
+                    checks={
+                        "parity": parity.to_dict(),
+                        "verified_on": verification.to_dict(),
+                    },
+                    details=details,
+                ),
+            )
+    return ExportReport(output, manifest, peak_memory_bytes())
