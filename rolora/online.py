@@ -7,6 +7,7 @@ left^T X right: two small products, l + r multiply-adds per element, instead of 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -92,11 +93,17 @@ def install_online_rotations(
                     f"{entry.fqn}: expected no online rotation, got one already installed; remove "
                     f"its handle first, and attach adapters before installing"
                 )
+    shared = [readers for block in names.blocks for readers in block.shared_inputs()]
+    readers_of = {fqn: readers for readers in shared for fqn in readers}
+    hooks: dict[str, _RotateInput] = {}
     handles = []
     for entry in entries:
         module = decoder.get_submodule(entry.fqn)
-        online = _match_module(plan.find(entry.rotation, entry.layer), module)
-        handles.append(module.register_forward_pre_hook(_RotateInput(online)))
+        readers = readers_of.get(entry.fqn, (entry.fqn,))
+        if readers[0] not in hooks:
+            online = _match_module(plan.find(entry.rotation, entry.layer), module)
+            hooks[readers[0]] = _RotateInput(online, len(readers))
+        handles.append(module.register_forward_pre_hook(hooks[readers[0]]))
     return handles
 
 
@@ -109,13 +116,41 @@ def rotated_input(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _RotateInput:
-    """Forward pre-hook; a class of its own so that a second installation is recognized."""
+    """Forward pre-hook of the linears that read one input, which is rotated once for all of them.
 
-    def __init__(self, rotation: OnlineRotation) -> None:
+    Args:
+        rotation: What rotates it.
+        readers: How many linears read it.
+    """
+
+    _input: weakref.ReferenceType[Tensor] | None
+    _rotated: Tensor | None
+    _with_gradient: bool
+    _uses: int
+
+    def __init__(self, rotation: OnlineRotation, readers: int) -> None:
         self.rotation = rotation
+        self._readers = readers
+        self._forget()
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.rotation(inputs[0]), *inputs[1:])
+        x, with_gradient = inputs[0], torch.is_grad_enabled()
+        known = self._input is not None and self._input() is x
+        if not known or self._with_gradient != with_gradient:
+            self._forget()
+            self._input, self._with_gradient = weakref.ref(x), with_gradient
+            self._rotated = self.rotation(x)
+        rotated = self._rotated
+        self._uses += 1
+        if self._uses == self._readers:
+            self._forget()
+        return (rotated, *inputs[1:])
+
+    def _forget(self) -> None:
+        """Keep nothing of an input that all have read."""
+        self._input = self._rotated = None
+        self._with_gradient = False
+        self._uses = 0
 
 
 def _match_module(rotation: Rotation, module: nn.Module) -> OnlineRotation:

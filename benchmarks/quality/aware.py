@@ -50,7 +50,7 @@ class Round:
 
 
 CASES: dict[str, tuple[str, tuple[Round, ...]]] = {
-    "w4a4": ("W4A4", (Round(500, 8e-4, 64), Round(220, 5e-4, 64, later=True, seed=1))),
+    "w4a4": ("W4A4", (Round(120, 5e-4, 64),)),
     "w4a8": ("W4A8", (Round(220, 4e-4, 32),)),
     "w6a6": ("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
     "w8a8": ("W8A8", (Round(160, 1e-4, 16, later=True, seed=1),)),

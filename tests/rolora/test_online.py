@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains
@@ -151,3 +153,41 @@ def test_a_second_installation_is_refused_and_adds_nothing(
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj: .*already installed"):
         install_online_rotations(decoder.model, plan, decoder.names)
     assert torch.equal(decoder.logits(), before)
+
+
+def test_an_input_is_rotated_once_for_all_that_read_it(make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder("llama")
+    names = replace(
+        decoder.names,
+        blocks=tuple(
+            replace(block, attention_post_norm="there is one") for block in decoder.names.blocks
+        ),
+    )
+    plan = RotationPlan.draw(names, [RotationName.R1], RotationKind.HADAMARD, seed=1)
+    install_online_rotations(decoder.model, plan, names)
+    calls: list[Tensor] = []
+    rotate = OnlineRotation.forward
+
+    def counted(self: OnlineRotation, x: Tensor) -> Tensor:
+        calls.append(x)
+        return rotate(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineRotation, "forward", counted)
+        first = decoder.logits()
+        assert len(calls) == 2 * len(names.blocks) + 1  # q, k, v; gate, up; the head
+        with torch.enable_grad():  # another graph, and no value of the pass before
+            ids = torch.arange(11)[None]
+            decoder.model(input_ids=ids).logits.sum().backward()
+        assert len(calls) == 2 * (2 * len(names.blocks) + 1)
+        block = names.blocks[0]
+        linears = [decoder.model.get_submodule(fqn) for fqn in (block.query, block.key)]
+        x = torch.randn(3, names.hidden_size, dtype=torch.float64)
+        before = len(calls)
+        for linear in linears:
+            linear(x)  # the third reader does not come
+        with torch.no_grad():
+            other = linears[0](x.clone())
+        assert len(calls) == before + 2
+        torch.testing.assert_close(other, linears[0](x).detach())
+    assert torch.equal(decoder.logits(), first)
