@@ -35,7 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_bits(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(model, tmp_path_factory.mktemp("c") / "w4a4", "W4A4", weights="rtn")
+    return make_checkpoint(
+        model, tmp_path_factory.mktemp("c") / "w4a4", "W4A4", weights="rtn", static=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,8 @@ def test_calibration_walks_with_the_mask_and_rotary_embedding_of_each_layer(
         model(input_ids=IDS)
     stream = BlockStream(model, names, [{"input_ids": IDS}])
     alike = copy.deepcopy(stream)  # the control: all layers as the first
-    alike._options = {fqn: next(iter(alike._options.values())) for fqn in alike._options}
+    first = next(iter(alike._arguments.values()))
+    alike._arguments = dict.fromkeys(alike._arguments, first)
     for each in (stream, alike):
         for block in names.blocks:
             each.advance(block)

@@ -72,8 +72,16 @@ def test_the_recipe_fills_in_what_was_left_open() -> None:
     rotated, plain = (choose_recipe("w4a4", rotation=choice) for choice in (None, none))
     assert rotated is not None
     assert plain is not None
-    assert (rotated.run_time_input(4).clip_ratio, rotated.static_after_norm) == (0.7, True)
+    assert (rotated.run_time_input(4).clip_ratio, rotated.static_after_norm) == (0.7, False)
     assert plain.static_after_norm is False
+    for scheme, equalize, static in (
+        ("W4A4", False, True),
+        ("W8A8", None, True),
+        ("W8A8", True, False),
+    ):
+        recipe = choose_recipe(scheme, rotation=None, equalize=equalize)
+        assert recipe is not None
+        assert recipe.static_after_norm is static
     eight = choose_recipe("W8A8", rotation=RotationChoice(frozenset({RotationName.R4})))
     assert eight is not None
     assert (eight.run_time_input(8).clip_ratio, eight.static_after_norm) == (1.0, False)

@@ -45,9 +45,7 @@ def outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return found.last_hidden_state[batch["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "weights", "bound"), [("W8A8", "gptq", 0.1), ("W4A8", "gptq", 0.5)]
-)
+@pytest.mark.parametrize(("scheme", "bound"), [("W8A8", 0.1), ("W4A8", 0.5)])
 def test_a_checkpoint_is_near_its_model_and_quantizes_what_it_says(
     model: Path, scheme: str, bound: float, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(model: Path) -> Path:
-    make_checkpoint(model, model.parent / "start", "W4A4")
+    make_checkpoint(model, model.parent / "start", "W4A4", static=True)
     return model.parent / "start"
 
 
@@ -185,7 +185,7 @@ def test_block_shortcuts_are_packed_too(model: Path, data: Path, tmp_path: Path)
         ({"method": Method.LORA}, "the method must be rolora"),
         ({"adapter": AdapterConfig(2, 2.0, 0.1)}, "use dropout 0"),
         ({"adapter": AdapterConfig(2, 2.0, 0.0, Structure.INPUT, 1)}, "use structure block"),
-        ({"adapter": AdapterConfig(2, 2.0, 0.0, Structure.BLOCK, 1)}, "R2 of its own"),
+        ({"adapter": AdapterConfig(2, 2.0, 0.0, Structure.BLOCK, 1)}, "scales of its own"),
     ],
 )
 def test_what_cannot_be_inside_a_weight_is_refused(
@@ -194,6 +194,15 @@ def test_what_cannot_be_inside_a_weight_is_refused(
     with pytest.raises(ConfigError, match=message):
         finetune(settings_for(model, data, start, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shortcut_between_rotations_of_their_own_is_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    start = make_checkpoint(model, tmp_path / "start", "W4A4", weights="rtn", equalize=False)
+    shortcut = AdapterConfig(2, 2.0, 0.0, Structure.BLOCK, 1)
+    with pytest.raises(ConfigError, match="R2 of its own"):
+        finetune(settings_for(model, data, start, adapter=shortcut), tmp_path / "out")
 
 
 def test_a_start_of_another_model_is_refused(data: Path, start: Path, tmp_path: Path) -> None:

@@ -43,13 +43,15 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A8": ("W4A8", {"static": "all", "rotate": "none"}),
     "W4A8 grouped": ("W4A8", {"static": "all", "group_size": 16}),
     "W4A16": ("W4A16", {"group_size": 16}),
+    "scaled": ("W8A8", {"static": "all", "equalize": True}),
     "token": ("W8A8", {}),
     "token W4A8": ("W4A8", {}),
-    "token W4A4": ("W4A4", {}),
+    "token W4A4": ("W4A4", {"equalize": False}),
+    "scaled W4A4": ("W4A4", {}),
     "int8 cache": ("W8A8", {"static": "all", "kv_bits": 8}),
     "4-bit table": ("W8A8", {"static": "all", "embedding_bits": 4}),
 }
-PORTABLE = ("W8A8", "W4A8", "W4A8 grouped", "W4A16")
+PORTABLE = ("W8A8", "W4A8", "W4A8 grouped", "W4A16", "scaled")
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +285,7 @@ def test_a_fault_in_a_portable_graph_is_found(
         make_export(checkpoint("W8A8"), tmp_path / "onnx", Kernel.AUTO, Target.QDQ)
 
 
-@pytest.mark.parametrize("name", ["token", "token W4A8", "token W4A4"])
+@pytest.mark.parametrize("name", ["token", "token W4A8", "token W4A4", "scaled W4A4"])
 @pytest.mark.parametrize("target", [Target.CPU_AVX2, Target.CPU_ARM64])
 def test_other_processors_get_the_same_integers_and_results(
     name: str, target: Target, export: Callable[[str, Target], Path]
