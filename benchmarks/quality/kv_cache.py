@@ -34,12 +34,14 @@ class Case:
     scheme: str
     kv_bits: int
     rotate: str | None = None
+    equalize: bool = False
 
     @property
     def name(self) -> str:
         """Name in the JSON file."""
         rotation = "" if self.rotate is None else f"-{self.rotate.replace(',', '')}"
-        return f"{self.scheme.lower()}-kv{self.kv_bits}{rotation}"
+        scaled = "-scaled" if self.equalize else ""
+        return f"{self.scheme.lower()}-kv{self.kv_bits}{rotation}{scaled}"
 
 
 CASES = (
@@ -48,6 +50,7 @@ CASES = (
     Case("FP32", 8, rotate="r1,r2,r4"),
     Case("FP32", 4),
     Case("FP32", 4, rotate="r1,r2,r4"),
+    Case("FP32", 4, equalize=True),
     Case("W8A8", 16),
     Case("W8A8", 8),
     Case("W8A8", 4),
@@ -65,6 +68,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> float:
         choose_recipe(case.scheme, rotation=rotation, weights="rtn"),
         arguments.calibration,
         kv_bits=case.kv_bits,
+        equalize=case.equalize,
     )
     checkpoint = arguments.work / case.name
     merge_rotate_quantize(settings, checkpoint)
