@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, tuple[Round, ...]]] = {
     "w4a4": ("W4A4", (Round(120, 5e-4, 64),)),
     "w4a8": ("W4A8", (Round(220, 4e-4, 32),)),
     "w6a6": ("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
-    "w8a8": ("W8A8", (Round(160, 1e-4, 16, later=True, seed=1),)),
+    "w8a8": ("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
 }
 """Scheme and rounds of each case; a step is two packed rows of 512 tokens."""
 

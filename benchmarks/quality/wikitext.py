@@ -91,6 +91,7 @@ CASES = (
         options={"activation_clip": "auto", "static": "auto"},
     ),
     Case("w4a4-unscaled", "W4A4", weights="gptq", equalize=False),
+    Case("w4a4-rtn-unscaled", "W4A4", equalize=False),
     Case("w6a6-unscaled", "W6A6", weights="gptq", equalize=False),
     Case("w8a8-scaled", "W8A8", weights="gptq", equalize=True),
     Case("w4a8-scaled", "W4A8", weights="gptq", equalize=True),
