@@ -18,6 +18,9 @@ from rolora.scheme import AUTO as CHOSEN
 
 FLOAT_SCHEME = "FP32"
 """Scheme of a checkpoint that is merged and rotated, but not quantized."""
+_AIM_SHARE, _SCALED_AIM_SHARE = 0.5, 0.25
+"""Of GPTQ; with channel scales the quantized model is nearer to the float one, and there is less
+to make up for (`rolora.gptq`)."""
 EQUALIZED_BITS = 6
 """Most bits of inputs whose channels are scaled by default."""
 
@@ -113,6 +116,7 @@ def choose_recipe(
         head_bits=head_bits,
         asymmetric=asymmetric,
         activation_group_size=activation_group_size,
+        aim_share=_SCALED_AIM_SHARE if scaled else _AIM_SHARE,
     )
 
 

@@ -142,7 +142,7 @@ class QuantizationWalk:
             gptq = None
             if stream is not None and any(map(self.quantizes, readers)):
                 moments = stream.moments(block, readers[0], float_inputs.pop(readers[0], None))
-                gptq = _factorized(moments, readers[0])
+                gptq = self._factorized(moments, readers[0])
             for plan in plans:
                 errors.append(quantize_linear(self._model, plan, self._recipe, gptq, known))
                 self._progress(plan.fqn)
@@ -178,7 +178,7 @@ class QuantizationWalk:
             if QUANTIZED not in self._streams:
                 q, scale = self._round(fqn, chunk, plan.weight)
             else:
-                gptq = gptq or _factorized(self._head_moments(fqn), fqn)
+                gptq = gptq or self._factorized(self._head_moments(fqn), fqn)
                 results.append(self._round_gptq(fqn, gptq, chunk, plan.weight))
                 q, scale = results[-1].q, results[-1].scale
             squares += squared_norms(chunk, q, scale, plan.weight)
@@ -244,6 +244,10 @@ class QuantizationWalk:
         with naming(fqn):
             return gptq.round(rows.detach(), spec, clip_search=self._recipe.clip_search)
 
+    def _factorized(self, moments: Moments, fqn: str) -> Gptq:
+        with naming(fqn):
+            return Gptq(moments.hessian, moments.cross, self._recipe.aim_share)
+
     def _aims(self, fqn: str) -> bool:
         """Return whether GPTQ needs to know the float model's input of a linear."""
         with_gptq = self._recipe.weights is WeightMethod.GPTQ
@@ -281,11 +285,6 @@ class QuantizationWalk:
     def _final_norm(self) -> nn.Module:
         fqn = self._names.final_norm
         return nn.Identity() if fqn is None else self._model.get_submodule(fqn)
-
-
-def _factorized(moments: Moments, fqn: str) -> Gptq:
-    with naming(fqn):
-        return Gptq(moments.hessian, moments.cross)
 
 
 def _joined_errors(results: Sequence[GptqResult]) -> tuple[float, float] | tuple[None, None]:

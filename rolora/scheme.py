@@ -150,6 +150,8 @@ class QuantizationRecipe:
     """Zero points for per-token (or grouped) inputs; static scales stay symmetric."""
     activation_group_size: int | None = None
     """Input columns that share a scale of an activation, where weights have no groups."""
+    aim_share: float = 0.5
+    """How far GPTQ moves weights of few bits towards the float model's outputs (`rolora.gptq`)."""
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -188,6 +190,8 @@ class QuantizationRecipe:
         for part, bits in (("embedding", self.embedding_bits), ("head", self.head_bits)):
             if bits not in TABLE_BITS:
                 raise ValueError(f"{part} bits: expected 4, 8 or {FLOAT_BITS} (float), got {bits}")
+        if not 0.0 <= self.aim_share <= 1.0:
+            raise ValueError(f"aim share: expected 0 to 1, got {self.aim_share}")
 
     def require_groups_fit(self, scheme: Scheme) -> None:
         """Check that linears of a scheme can have the recipe's weight groups.

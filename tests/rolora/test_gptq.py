@@ -227,7 +227,7 @@ def drifted(x: Tensor, seed: int, share: float = 0.3) -> Tensor:
     return 0.9 * x + share * x.std(dim=0) * noise
 
 
-def test_the_aim_is_a_share_of_the_way_to_the_best_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_aim_is_a_share_of_the_way_to_the_best_weight() -> None:
     x = correlated_inputs(24, 3)
     own = drifted(x, 1)
     weight, hessian = random_weight(5, 24, 0), moments(own)
@@ -235,8 +235,7 @@ def test_the_aim_is_a_share_of_the_way_to_the_best_weight(monkeypatch: pytest.Mo
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(24)
     best = weight + weight.double() @ (cross - hessian).double() @ torch.linalg.inv(damped)
     for share in (0.0, 0.5, 1.0):
-        monkeypatch.setattr(gptq, "AIM_SHARE", share)
-        result = Gptq(hessian, cross).round(weight, WeightSpec(4), clip_search=False)
+        result = Gptq(hessian, cross, share).round(weight, WeightSpec(4), clip_search=False)
         aim = (weight + share * (best - weight)).float()
         expected = slow_reference(aim, hessian, result.scale, 4)
         # A tie may fall the other way in float32.

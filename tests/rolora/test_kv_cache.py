@@ -8,7 +8,6 @@ from rolora.affine import activation_range, dequantize, quantize
 from rolora.kv_cache import (
     FLOAT_KV_BITS,
     KV_BITS,
-    TOKEN_CLIP,
     CacheCodec,
     CacheRecorder,
     channel_scales,
@@ -75,13 +74,13 @@ def test_channel_scales_follow_each_channel_of_each_head() -> None:
 
 
 def test_four_bits_of_a_token_by_hand() -> None:
-    # Range 0.95 * (-6 .. 9): scale 0.95, zero point 6; 8.55 and -5.7 are what saturation leaves.
-    x = torch.tensor([9.0, -6.0, 0.0, 1.0, 1.43])
-    expected = TOKEN_CLIP * torch.tensor([9.0, -6.0, 0.0, 1.0, 2.0])
+    # Range -6 .. 9: scale 1, zero point 6.
+    x = torch.tensor([9.0, -6.0, 0.0, 1.2, 1.6])
+    expected = torch.tensor([9.0, -6.0, 0.0, 1.0, 2.0])
     torch.testing.assert_close(round_tokens(x, 4), expected)
     assert torch.equal(round_tokens(torch.zeros(3, 5), 4), torch.zeros(3, 5))
     # A token without negative numbers keeps 0 in its range.
-    positive = torch.tensor([15.0, 3.0]) / TOKEN_CLIP
+    positive = torch.tensor([15.0, 3.0])
     torch.testing.assert_close(round_tokens(positive, 4), torch.tensor([15.0, 3.0]))
 
 
