@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -12,11 +12,8 @@ from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import decoder_parts, open_decoder
 from deploy.errors import ConfigError
 from deploy.memory import release_free_memory
-from rolora.equalization import TENSOR_NAMES, Equalization
+from rolora.equalization import Equalization
 from rolora.equalization_walk import EqualizationWalk
-from rolora.rotation import RotationPlan
-
-_PREFIX = "equalization."
 
 
 def measure_equalization(
@@ -63,17 +60,3 @@ def measure_equalization(
         return walk.result()
     except ValueError as error:
         raise ConfigError(f"{settings.model}: cannot be equalized: {error}") from error
-
-
-def stored_scales(plan: RotationPlan | None) -> dict[str, Tensor]:
-    """Return the scales of a plan as tensors to be stored among others; none without a plan."""
-    if plan is None or plan.equalization is None:
-        return {}
-    return {f"{_PREFIX}{name}": each for name, each in plan.equalization.to_tensors().items()}
-
-
-def restored_scales(tensors: Mapping[str, Tensor]) -> Equalization | None:
-    """Return what `stored_scales` put among other tensors."""
-    if f"{_PREFIX}{TENSOR_NAMES[0]}" not in tensors:
-        return None
-    return Equalization(**{name: tensors[f"{_PREFIX}{name}"] for name in TENSOR_NAMES})

@@ -45,7 +45,7 @@ from deploy.checkpoint_settings import (
     equalizes_by_default,
 )
 from deploy.decoder_source import DecoderSource, open_decoder
-from deploy.equalize import measure_equalization, restored_scales
+from deploy.equalize import measure_equalization
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.loading import save_tokenizer
 from deploy.memory import peak_memory_bytes, release_free_memory
@@ -57,6 +57,7 @@ from deploy.staging import require_free_space
 from deploy.stored_rotation import StoredRotation, open_rotation
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.decoder import DecoderNames
+from rolora.equalization import Equalization
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
 from rolora.rotation import RotationName, RotationPlan
@@ -148,7 +149,7 @@ def merge_rotate_quantize(
             progress(f"working on the whole model in memory: {source.whole_because}")
         if plan is not None and equalizes:
             # A run that goes on must work in the basis of the parts that are stored.
-            scales = restored_scales(store.states()) if finished else None
+            scales = Equalization.from_tensors(store.states()) if finished else None
             scales = scales or measure_equalization(settings, adapter, progress)
             plan = plan.with_equalization(scales)
         source.begin(plan, lambda: _calibration(source, settings), progress)

@@ -14,7 +14,6 @@ from deploy.checkpoint import stored_tensors
 from deploy.checkpoint_reader import formats_to_details
 from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import DecoderSource, Part, decoder_parts
-from deploy.equalize import stored_scales
 from deploy.errors import ConfigError
 from deploy.memory import release_free_memory
 from deploy.part_store import PartStore
@@ -53,7 +52,8 @@ class PartWalk:
         self._source = source
         self._store = store
         self._formats = formats_to_details(planned.plans)
-        self._scales = stored_scales(rotation)
+        equalization = None if rotation is None else rotation.equalization
+        self._scales = {} if equalization is None else equalization.to_tensors()
         model, names = source.loaded.model, source.names
         done = sum(len(part.facts["rounding"]) for part in store.parts)
         numbers = itertools.count(done + 1)

@@ -30,7 +30,7 @@ SmoothQuant (2211.10438), with ranges; invertible transforms learned for 4 bits 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +40,10 @@ from transformers import PreTrainedModel
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.fold import row_chunks
 
-TENSOR_NAMES = ("attention", "value", "mlp", "down", "head")
-"""Fields of `Equalization`, in the order in which data meets them."""
+FIELDS = ("attention", "value", "mlp", "down", "head")
+"""Of `Equalization`, in the order in which data meets them."""
+KEYS = tuple(f"equalization.{name}" for name in FIELDS)
+"""Their names among other tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,19 +68,33 @@ class Equalization:
             ValueError: A tensor is not of float64, has other dimensions, or values that are not
                 finite and above 0.
         """
-        for name, tensor in self.to_tensors().items():
-            dims = 1 if name == "head" else 2
+        for key, tensor in self.to_tensors().items():
+            dims = 1 if tensor is self.head else 2
             if tensor.dtype != torch.float64 or tensor.dim() != dims or not tensor.numel():
                 raise ValueError(
-                    f"equalization, {name}: expected float64 of {dims} dimensions, got "
+                    f"{key}: expected float64 of {dims} dimensions, got "
                     f"{tensor.dtype} of shape {tuple(tensor.shape)}"
                 )
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise ValueError(f"equalization, {name}: expected finite scales above 0")
+                raise ValueError(f"{key}: expected finite scales above 0")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Equalization | None:
+        """Read what `to_tensors` returned, among other tensors; None if nothing of it is there.
+
+        Raises:
+            ValueError: A part of it is missing, or its numbers are not scales.
+        """
+        missing = [key for key in KEYS if key not in tensors]
+        if len(missing) == len(KEYS):
+            return None
+        if missing:
+            raise ValueError(f"equalization: expected all scales, got no {missing}")
+        return cls(*(tensors[key] for key in KEYS))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return the scales by name."""
-        return {name: getattr(self, name) for name in TENSOR_NAMES}
+        """Return the scales by `KEYS`."""
+        return {key: getattr(self, name) for key, name in zip(KEYS, FIELDS, strict=True)}
 
     def require_sizes(self, names: DecoderNames) -> None:
         """Refuse a decoder of other sizes.
@@ -86,20 +102,19 @@ class Equalization:
         Raises:
             ValueError: With the first size that differs.
         """
-        layers = len(names.blocks)
-        expected = {
-            "attention": (layers, names.hidden_size),
-            "value": (layers, names.num_key_value_heads * names.head_dim),
-            "mlp": (layers, names.hidden_size),
-            "down": (layers, names.intermediate_size),
-            "head": (names.hidden_size,),
-        }
-        for name, tensor in self.to_tensors().items():
-            if tuple(tensor.shape) != expected[name]:
+        layers, hidden = len(names.blocks), names.hidden_size
+        shapes = (
+            (layers, hidden),
+            (layers, names.num_key_value_heads * names.head_dim),
+            (layers, hidden),
+            (layers, names.intermediate_size),
+            (hidden,),
+        )
+        for shape, (key, tensor) in zip(shapes, self.to_tensors().items(), strict=True):
+            if tuple(tensor.shape) != shape:
                 raise ValueError(
-                    f"equalization, {name}: expected {expected[name]} as in the model, got "
-                    f"{tuple(tensor.shape)}, measured on another model; use the artifact that "
-                    f"belongs to this model"
+                    f"{key}: expected {shape} as in the model, got {tuple(tensor.shape)}, measured "
+                    f"on another model; use the artifact that belongs to this model"
                 )
 
     def of_linear(self, fqn: str, names: DecoderNames) -> tuple[Tensor | None, Tensor | None]:

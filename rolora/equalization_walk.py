@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rolora.block_stream import BlockStream, KnownRows, rows_of, rows_of_tokens, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
-from rolora.equalization import TENSOR_NAMES, Equalization
+from rolora.equalization import FIELDS, Equalization
 from rolora.fold import norm_gain, row_chunks
 
 SMALLEST_SHARE = 1e-6
@@ -39,7 +39,7 @@ class EqualizationWalk:
             raise ValueError("equalization: expected calibration text, got none")
         self._model, self._names, self._batches = model, names, batches
         self._stream: BlockStream | None = None
-        self._scales: dict[str, list[Tensor]] = {name: [] for name in TENSOR_NAMES}
+        self._scales: dict[str, list[Tensor]] = {name: [] for name in FIELDS}
 
     def begin(self, rows: Iterable[Tensor]) -> None:
         """Put the states in front of the first block.
@@ -62,7 +62,7 @@ class EqualizationWalk:
         shared = block.shared_inputs()
         found = self._stream.advance(block, kept=[readers[0] for readers in shared])
         norms = (block.attention_norm, None, block.mlp_norm, None)
-        for name, readers, norm in zip(TENSOR_NAMES, shared, norms, strict=False):
+        for name, readers, norm in zip(FIELDS, shared, norms, strict=False):
             inputs = _energy(found.pop(readers[0]))
             columns = torch.stack([self._columns(fqn) for fqn in readers]).sum(0)
             if name == "value":

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from rolora.decoder import DecoderNames
-from rolora.equalization import TENSOR_NAMES, Equalization
+from rolora.equalization import KEYS, Equalization
 from rolora.hadamard import hadamard_construction, hadamard_factors, random_orthogonal
 from rolora.kronecker import (
     Rotation,
@@ -212,8 +212,8 @@ class RotationPlan:
                 "rotation plan: expected one that is drawn, got a learned one; it was learned for "
                 "channels without scales"
             )
-        scales = {_scales_key(name): each for name, each in equalization.to_tensors().items()}
-        return self._build(self.kind, self.seed, {**self.content, **scales})
+        content = {**self.content, **equalization.to_tensors()}
+        return self._build(self.kind, self.seed, content)
 
     def rotates_stream(self, names: DecoderNames) -> bool:
         """Return whether R1 is in the residual stream, not at run time behind each norm."""
@@ -335,8 +335,7 @@ class RotationPlan:
         expected = {
             name: [f"{name}.{entry}" for entry in _entries(kind, name)] for name in RotationName
         }
-        scales = {name: _scales_key(name) for name in TENSOR_NAMES}
-        known = {key for keys in expected.values() for key in keys} | set(scales.values())
+        known = {key for keys in expected.values() for key in keys} | set(KEYS)
         unknown = sorted(content.keys() - known)
         if unknown:
             raise ValueError(f"rotation of kind {kind}: got unknown tensors {unknown}")
@@ -359,11 +358,7 @@ class RotationPlan:
             members.get(name, (None,))[0]
             for name in (RotationName.R1, RotationName.R3, RotationName.R4)
         )
-        equalization = None
-        if found := content.keys() & set(scales.values()):
-            if missing := sorted(set(scales.values()) - found):
-                raise ValueError(f"equalization: expected all scales, got no {missing}")
-            equalization = Equalization(**{name: content[key] for name, key in scales.items()})
+        equalization = Equalization.from_tensors(content)
         return cls(kind, seed, content, r1, members.get(RotationName.R2), r3, r4, equalization)
 
 
@@ -429,10 +424,6 @@ def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
             )
     if plan.equalization is not None:
         plan.equalization.require_sizes(names)
-
-
-def _scales_key(name: str) -> str:
-    return f"equalization.{name}"
 
 
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rolora.equalization import TENSOR_NAMES, Equalization, equalize_model, scale_delta
+from rolora.equalization import FIELDS, Equalization, equalize_model, scale_delta
 from rolora.equalization_walk import EqualizationWalk
 from rolora.fold import fold_norm_gains, norm_gain, untie_head
 from rolora.fuse import (
@@ -90,7 +90,7 @@ def test_scales_and_rotations_change_nothing(
     assert bool(handles) == (decoder.error_to(before) > NOTICED)
 
 
-@pytest.mark.parametrize("name", TENSOR_NAMES)
+@pytest.mark.parametrize("name", FIELDS)
 def test_scales_that_one_side_lacks_are_noticed(make_decoder: MakeDecoder, name: str) -> None:
     decoder = make_decoder("llama")
     before = decoder.logits()
@@ -315,7 +315,7 @@ def test_a_plan_is_saved_with_its_scales(make_decoder: MakeDecoder) -> None:
     with_r3 = again.with_r3(make_decoder("llama").names)
     assert with_r3.equalization is not None
     assert with_r3.digest != plan.digest
-    for name in TENSOR_NAMES:
+    for name in FIELDS:
         key = f"equalization.{name}"
         with pytest.raises(ValueError, match="expected content with the digest"):
             RotationPlan.from_saved(metadata, tensors | {key: tensors[key] * (1 + 1e-12)})
@@ -335,7 +335,7 @@ def test_a_plan_is_saved_with_its_scales(make_decoder: MakeDecoder) -> None:
 def test_scales_of_another_model_are_refused(make_decoder: MakeDecoder) -> None:
     plan = scaled_plan(make_decoder("llama"), ())
     names = make_decoder("qwen2").names
-    with pytest.raises(ValueError, match=r"equalization, value: expected \(3, 16\) .* got \(3, 24"):
+    with pytest.raises(ValueError, match=r"equalization.value: expected \(3, 16\) .* got \(3, 24"):
         applications(plan, names)
 
 
