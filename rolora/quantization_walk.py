@@ -258,8 +258,12 @@ class QuantizationWalk:
         return [readers[0] for readers in block.shared_inputs() if any(map(self._aims, readers))]
 
     def _head_moments(self, fqn: str) -> Moments:
-        """Return the second moments of what the head reads."""
-        norm = self._final_norm()
+        """Return the second moments of what the head reads, behind an R1 at run time."""
+        norm, head = self._final_norm(), self._model.get_submodule(fqn)
+
+        def read(state: Tensor) -> Tensor:
+            return rows_of(rotated_input(head, norm(state)))
+
         moments = Moments()
         own_states = self._streams[QUANTIZED].states
         others: Sequence[Tensor | None] = [None] * len(own_states)
@@ -267,7 +271,7 @@ class QuantizationWalk:
             others = self._streams[FLOAT].states
         with torch.inference_mode():
             for own, other in zip(own_states, others, strict=True):
-                moments.add(rows_of(norm(own)), None if other is None else rows_of(norm(other)))
+                moments.add(read(own), None if other is None else read(other))
         moments.require_any(fqn)
         return moments
 
