@@ -221,7 +221,7 @@ TASK_CALIBRATION_HELP = (
 ROTATION_HELP = "Take the rotation of this artifact, such as learn-rotation wrote."
 GROUP_HELP = "Input columns that share a weight scale; needs A8. Default: whole channels."
 CLIP_HELP = "Part of a token's range in a scale. Default: 1, at 4 bits 0.7 (0.9 in groups)."
-STATIC_HELP = "Calibrated scales after norms. Default: static if R1 is used."
+STATIC_HELP = "Calibrated scales after norms."
 MODEL_HELP = "Hub id, directory with safetensors, .gguf file, or smollm2-135m."
 
 
@@ -640,7 +640,6 @@ def merge_rotate_quantize_command(
     with _bad_values():
         recipe = choose_recipe(
             scheme,
-            rotation=choice,
             weights=weights,
             group_size=group_size,
             clip_search=clip_search,
@@ -650,7 +649,6 @@ def merge_rotate_quantize_command(
             head_bits=head_bits,
             asymmetric=activation_symmetry is SymmetryName.ASYMMETRIC,
             activation_group_size=activation_group_size,
-            equalize=equalize,
         )
         overrides = tuple(Override.parse(text) for text in override or ())
         budget = None if mixed_precision is None else Budget.parse(mixed_precision)
@@ -773,7 +771,7 @@ def learn_rotation_command(
     ] = False,
     group_size: Annotated[int | None, typer.Option(help=GROUP_HELP)] = None,
     activation_clip: Annotated[float | None, typer.Option(help=CLIP_HELP)] = None,
-    static: Annotated[bool | None, typer.Option("--static/--dynamic", help=STATIC_HELP)] = None,
+    static: Annotated[bool, typer.Option("--static/--dynamic", help=STATIC_HELP)] = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -786,7 +784,6 @@ def learn_rotation_command(
     with _bad_values():
         recipe = choose_recipe(
             scheme,
-            rotation=None,
             group_size=group_size,
             activation_clip=activation_clip,
             static=static,
@@ -795,7 +792,7 @@ def learn_rotation_command(
         raise ConfigError(f"--scheme {scheme}: expected one that rounds activations, such as W4A4")
     settings = LearnRotationSettings(
         model=model,
-        recipe=recipe,
+        recipe=recipe.in_basis(rotated=True, scaled=False),
         learning=LearningSettings(
             steps=steps,
             learning_rate=learning_rate,

@@ -18,9 +18,6 @@ from rolora.scheme import AUTO as CHOSEN
 
 FLOAT_SCHEME = "FP32"
 """Scheme of a checkpoint that is merged and rotated, but not quantized."""
-_AIM_SHARE, _SCALED_AIM_SHARE = 0.5, 0.25
-"""Of GPTQ; with channel scales the quantized model is nearer to the float one, and there is less
-to make up for (`rolora.gptq`)."""
 EQUALIZED_BITS = 6
 """Most bits of inputs whose channels are scaled by default."""
 
@@ -66,7 +63,6 @@ def parse_rotation(
 def choose_recipe(
     scheme: str,
     *,
-    rotation: RotationChoice | None,
     weights: str = WeightMethod.GPTQ,
     group_size: int | None = None,
     clip_search: bool = True,
@@ -76,47 +72,40 @@ def choose_recipe(
     head_bits: int = 8,
     asymmetric: bool = False,
     activation_group_size: int | None = None,
-    equalize: bool | None = None,
 ) -> QuantizationRecipe | None:
     """Fill in what the user left open; None for FP32.
 
     Args:
         scheme: `W8A8`, `W4A4` ... or `FP32`.
-        rotation: The user's choice; static scales pay where R1 spreads the outliers and leaves all
-            tokens equally loud.
         weights: `rtn` or `gptq`.
         group_size: Of the block weights.
         clip_search: Search the clipping point of weight scales.
         activation_clip: Of per-token scales; None is that of the bits; `auto`
             is searched for each input.
-        static: Calibrated scales after norms; None is yes if R1 is used without channel scales;
-            `auto` is chosen for each input; `all` is yes, and for the inputs behind no norm too.
+        static: Calibrated scales after norms; None depends on the basis
+            (`QuantizationRecipe.in_basis`); `auto` is chosen for each input; `all` is yes, and for
+            the inputs behind no norm too.
         embedding_bits: 4, 8 or 32.
         head_bits: 4, 8 or 32.
         asymmetric: Per-token inputs with zero points.
         activation_group_size: Input columns that share an activation scale.
-        equalize: Channel scales; None is yes for inputs of few bits.
 
     Raises:
         ValueError: The scheme is unknown or a value is out of range.
     """
     if scheme.strip().upper() == FLOAT_SCHEME:
         return None
-    parsed = Scheme.parse(scheme)
-    rotated = rotation is None or RotationName.R1 in rotation.names
-    scaled = equalizes_by_default(parsed) if equalize is None else equalize
     return QuantizationRecipe(
-        parsed,
+        Scheme.parse(scheme),
         weights=WeightMethod(weights),
         group_size=group_size,
         clip_search=clip_search,
         activation_clip=activation_clip,
-        static_after_norm=rotated and not scaled if static is None else static,
+        static_after_norm=static,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
         asymmetric=asymmetric,
         activation_group_size=activation_group_size,
-        aim_share=_SCALED_AIM_SHARE if scaled else _AIM_SHARE,
     )
 
 

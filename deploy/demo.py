@@ -180,7 +180,7 @@ def _checkpoint_settings(model: Path, adapter: Path, variant: Variant) -> Checkp
         adapter=adapter,
         merge=MergeMethod.EXACT,
         rotation=variant.rotation,
-        recipe=choose_recipe(variant.scheme, rotation=variant.rotation),
+        recipe=choose_recipe(variant.scheme),
         calibration=None,
         calibration_windows=8,
     )

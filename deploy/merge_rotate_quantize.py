@@ -19,7 +19,7 @@ a line of progress says so and why.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,14 @@ def merge_rotate_quantize(
     stored = None if settings.stored_rotation is None else open_rotation(settings.stored_rotation)
     if stored is not None:
         parents["rotation"] = stored.digest
+    plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
+    is_fresh = stored is None and (adapter is None or adapter.rotation is None)
+    equalizes = _equalizes(settings, plan, is_fresh)
+    if settings.recipe is not None:
+        scaled = equalizes or (plan is not None and plan.equalization is not None)
+        rotated = plan is not None and plan.r1 is not None
+        recipe = settings.recipe.in_basis(rotated=rotated, scaled=scaled)
+        settings = replace(settings, recipe=recipe)
     config = settings.to_config()
     if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, config):
         progress(f"{output} is finished already")
@@ -137,9 +145,6 @@ def merge_rotate_quantize(
             plan_layers(names, settings.recipe, settings.overrides)
         except ValueError as error:
             raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
-    plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
-    is_fresh = stored is None and (adapter is None or adapter.rotation is None)
-    equalizes = _equalizes(settings, plan, is_fresh)
     key = {"parents": parents, "settings": config, "versions": library_versions()}
     with new_artifact(output) as directory, open_parts(output, key, resume=resume) as store:
         finished = len(store.parts)
@@ -270,7 +275,7 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
     """
     if settings.equalize is None:
         few_bits = settings.recipe is not None and equalizes_by_default(settings.recipe.scheme)
-        return few_bits and is_fresh and plan is not None
+        return few_bits and is_fresh and plan is not None and plan.r1 is not None
     if settings.equalize and plan is None:
         raise ConfigError("--equalize needs a rotation behind the scales: leave --rotate out")
     if settings.equalize and not is_fresh:

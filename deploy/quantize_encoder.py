@@ -192,6 +192,7 @@ class _Opened:
         recipe, overrides = self._settings.recipe, self._settings.overrides
         if recipe is None:
             return CalibratedPlan([], {}), []
+        recipe = recipe.in_basis(rotated=False, scaled=False)
         model, names = self.loaded.model, self.names
         done = count(1)
         try:

@@ -165,7 +165,8 @@ def equalize_model(
         only: FQNs of the linears to rewrite, all readers of a norm together; None is all.
 
     Raises:
-        ValueError: The scales are those of another model, or a weight would not be finite.
+        ValueError: The scales are those of another model; or a weight would not be finite, and the
+            model is partly rewritten.
 
     Invariant:
         Logits are unchanged up to the rounding of each new weight to its dtype.

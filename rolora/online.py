@@ -119,14 +119,14 @@ class _RotateInput:
     """Forward pre-hook of the linears that read one input, which is rotated once for all of them.
 
     Args:
-        rotation: What rotates it.
+        rotation: What rotates it; it follows the input to its device.
         readers: How many linears read it.
     """
 
     _input: weakref.ReferenceType[Tensor] | None
     _rotated: Tensor | None
     _with_gradient: bool
-    _uses: int
+    _seen: set[int]
 
     def __init__(self, rotation: OnlineRotation, readers: int) -> None:
         self.rotation = rotation
@@ -136,21 +136,31 @@ class _RotateInput:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, with_gradient = inputs[0], torch.is_grad_enabled()
         known = self._input is not None and self._input() is x
-        if not known or self._with_gradient != with_gradient:
+        # A module that comes again is in another pass, where x may have other values.
+        if not known or self._with_gradient != with_gradient or id(module) in self._seen:
             self._forget()
+            if self.rotation.left.device != x.device:
+                self.rotation.to(x.device)
             self._input, self._with_gradient = weakref.ref(x), with_gradient
             self._rotated = self.rotation(x)
         rotated = self._rotated
-        self._uses += 1
-        if self._uses == self._readers:
+        self._seen.add(id(module))
+        if len(self._seen) == self._readers:
             self._forget()
         return (rotated, *inputs[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rotation": self.rotation, "_readers": self._readers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def _forget(self) -> None:
         """Keep nothing of an input that all have read."""
         self._input = self._rotated = None
         self._with_gradient = False
-        self._uses = 0
+        self._seen = set()
 
 
 def _match_module(rotation: Rotation, module: nn.Module) -> OnlineRotation:

@@ -14,6 +14,9 @@ stays as it is, and R1 is put on at run time in front of the linears that read i
 
     R1  normed stream    put on in front of q, k, v, gate, up, head, which undo it in their weights
 
+The same is done where the plan has an equalization (`rolora.equalization`): the scales of channels
+differ from norm to norm, and an R1 in the stream could not follow them.
+
 R2 passes through attention because attention only averages the value vectors of one head over
 positions; query heads that share a key-value head share its R2. R3 is the same for every head and
 layer; it helps only a quantized KV cache, so it is not among `DEFAULT_ROTATIONS`.
@@ -26,10 +29,6 @@ read.
   Kronecker product of two, from the most balanced factors of its size (dense if it is prime).
 - Kind `learned`: R1 and R2 are matrices, R4 is signs as for `hadamard`. Drawing it gives the random
   Hadamard matrices where learning (`rolora.learned`) starts; `with_matrices` puts in where it ends.
-
-It is also put on at run time where the plan has an equalization (`rolora.equalization`): scales of
-the channels that every norm gives out differ from norm to norm, and one R1 in the stream could not
-follow them.
 
 Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406) for R2 offline, RoLoRA (2407.08044).
 Departure: RoLoRA's release redraws its rotation at merge time and lands in another basis. Here what

@@ -16,7 +16,7 @@ data too, since each integer kernel dictates its own::
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -128,6 +128,10 @@ FLOAT_INPUT = ActivationSpec(UNQUANTIZED_BITS, Granularity.TOKEN)
 """The input of a linear whose weight alone is quantized."""
 
 
+AIM_SHARE, SCALED_AIM_SHARE = 0.5, 0.25
+"""Of GPTQ, without and with channel scales; measured in `rolora.gptq`."""
+
+
 @dataclass(frozen=True)
 class QuantizationRecipe:
     """Everything that decides the integers of a checkpoint, but for single linears' overrides."""
@@ -141,16 +145,16 @@ class QuantizationRecipe:
     """Shrink each weight scale to the one with the least squared error."""
     activation_clip: float | Literal["auto"] | None = None
     """Clip ratio of per-token scales; None is 0.7 at 4 bits (0.9 in groups), else 1."""
-    static_after_norm: bool | Literal["auto", "all"] = True
-    """One calibrated scale for inputs that follow a norm; pays only in a rotated model. ALL gives
-    one to the inputs of the output and down projections too: a fixed-point graph needs that."""
+    static_after_norm: bool | Literal["auto", "all"] | None = True
+    """One calibrated scale for inputs that follow a norm; None waits for `in_basis`. ALL gives one
+    to the inputs of the output and down projections too: a fixed-point graph needs that."""
     embedding_bits: int = 8
     head_bits: int = 8
     asymmetric: bool = False
     """Zero points for per-token (or grouped) inputs; static scales stay symmetric."""
     activation_group_size: int | None = None
     """Input columns that share a scale of an activation, where weights have no groups."""
-    aim_share: float = 0.5
+    aim_share: float = AIM_SHARE
     """How far GPTQ moves weights of few bits towards the float model's outputs (`rolora.gptq`)."""
 
     def __post_init__(self) -> None:
@@ -172,7 +176,7 @@ class QuantizationRecipe:
                 f"inputs itself, symmetrically and in the same groups; leave the activation group "
                 f"size and asymmetric activations out"
             )
-        if self.static_after_norm not in (True, False, AUTO, ALL):
+        if self.static_after_norm not in (None, True, False, AUTO, ALL):
             raise ValueError(
                 f"static scales: expected True, False, {AUTO} or {ALL}, got "
                 f"{self.static_after_norm!r}"
@@ -192,6 +196,24 @@ class QuantizationRecipe:
                 raise ValueError(f"{part} bits: expected 4, 8 or {FLOAT_BITS} (float), got {bits}")
         if not 0.0 <= self.aim_share <= 1.0:
             raise ValueError(f"aim share: expected 0 to 1, got {self.aim_share}")
+
+    def in_basis(self, *, rotated: bool, scaled: bool) -> QuantizationRecipe:
+        """Fill in what depends on the basis that the model is in.
+
+        Static scales pay where R1 spreads the outliers and leaves all tokens equally loud. With
+        channel scales tokens differ; and since the quantized model is nearer to the float one,
+        there is less for GPTQ to make up for.
+
+        Args:
+            rotated: Whether R1 acts on what linears read of the residual stream.
+            scaled: Whether channels are scaled in front of it (`rolora.equalization`).
+        """
+        static = self.static_after_norm
+        return replace(
+            self,
+            static_after_norm=rotated and not scaled if static is None else static,
+            aim_share=SCALED_AIM_SHARE if scaled else self.aim_share,
+        )
 
     def require_groups_fit(self, scheme: Scheme) -> None:
         """Check that linears of a scheme can have the recipe's weight groups.

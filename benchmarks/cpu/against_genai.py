@@ -37,7 +37,7 @@ from reslora.merge import MergeMethod
 def build_ours(work: Path, scheme: str) -> Path:
     """Quantize and export the demo model; returns the export."""
     checkpoint, export = work / scheme / "checkpoint", work / scheme / "onnx"
-    recipe = choose_recipe(scheme, rotation=None)
+    recipe = choose_recipe(scheme)
     settings = CheckpointSettings(DEMO_MODEL, None, MergeMethod.EXACT, None, recipe, None)
     merge_rotate_quantize(settings, checkpoint)
     export_onnx(checkpoint, export, Target.CPU)

@@ -86,7 +86,6 @@ def run(step: Step, seed: int, arguments: argparse.Namespace) -> float:
     rotation = parse_rotation(step.rotate, RotationKind.HADAMARD, seed)
     recipe = choose_recipe(
         arguments.scheme,
-        rotation=rotation,
         weights=step.weights,
         activation_clip=step.clip,
         static=False,

@@ -68,7 +68,7 @@ def train(arguments: argparse.Namespace) -> None:
         scheme, rounds = CASES[name]
         place = arguments.work / name
         start = place / "start"
-        recipe = choose_recipe(scheme, rotation=None)
+        recipe = choose_recipe(scheme)
         settings = CheckpointSettings(
             DEMO_MODEL, None, MergeMethod.EXACT, None, recipe, arguments.calibration
         )

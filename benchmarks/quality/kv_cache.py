@@ -65,7 +65,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> float:
         None,
         MergeMethod.EXACT,
         rotation,
-        choose_recipe(case.scheme, rotation=rotation, weights="rtn"),
+        choose_recipe(case.scheme, weights="rtn"),
         arguments.calibration,
         kv_bits=case.kv_bits,
         equalize=case.equalize,

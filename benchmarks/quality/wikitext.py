@@ -109,10 +109,8 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     rotation = parse_rotation(case.rotate, RotationKind.HADAMARD, arguments.seed)
     recipe = choose_recipe(
         case.scheme,
-        rotation=rotation,
         weights=case.weights,
         group_size=case.group_size,
-        equalize=case.equalize,
         **case.options,
     )
     settings = CheckpointSettings(

@@ -128,7 +128,7 @@ def quantize(
         adapter,
         MergeMethod.EXACT,
         rotation,
-        choose_recipe(bits, rotation=rotation, weights=weights, equalize=scaled),
+        choose_recipe(bits, weights=weights),
         arguments.calibration,
         equalize=scaled,
     )

@@ -39,7 +39,7 @@ def run_stage(arguments: argparse.Namespace, output: Path) -> None:
         adapter=None,
         merge=None,
         rotation=None,
-        recipe=choose_recipe(arguments.scheme, rotation=None, weights=arguments.weights),
+        recipe=choose_recipe(arguments.scheme, weights=arguments.weights),
         calibration=None,
         calibration_windows=arguments.windows,
         calibration_tokens=arguments.tokens,

@@ -118,9 +118,7 @@ def test_a_float_checkpoint_computes_what_the_model_does(model: Path, tmp_path: 
 
 def test_formats_survive_the_manifest(model: Path, grouped: Path) -> None:
     names = decoder_names(load_model(model).model.config)
-    recipe = choose_recipe(
-        "W4A8", rotation=None, weights="rtn", group_size=16, embedding_bits=32, head_bits=32
-    )
+    recipe = choose_recipe("W4A8", weights="rtn", group_size=16, embedding_bits=32, head_bits=32)
     assert recipe is not None
     plans = plan_layers(names, recipe)
     with Checkpoint(grouped) as checkpoint:

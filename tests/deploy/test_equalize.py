@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from deploy.artifact import read_manifest
+from deploy.calibration_text import calibration_batches
 from deploy.checkpoint import Checkpoint
 from deploy.compressed_export import export_compressed
 from deploy.errors import ConfigError, ParityError, UnsupportedModelError
 from deploy.finetune import Method, finetune
-from deploy.loading import load_model
+from deploy.loading import load_local_tokenizer, load_model
 from deploy.merge import Destination, MergeSettings, merge
 from rolora.linear import QuantizedLinear
 from tests.conftest import MODEL_TYPES
@@ -166,3 +167,28 @@ def test_scales_make_the_rounding_of_unequal_channels_cheaper(model: Path, tmp_p
         assert isinstance(quantized.model.layers[0].self_attn.q_proj, QuantizedLinear)
         errors[equalize] = float((logits(quantized) - expected).square().mean())
     assert errors[True] < 0.8 * errors[False]
+
+
+def test_the_head_is_rounded_on_the_input_that_it_has(model: Path, tmp_path: Path) -> None:
+    scaled = make_checkpoint(model, tmp_path / "float", "FP32", equalize=True)
+    directory = make_checkpoint(model, tmp_path / "out", "W4A4")
+    with Checkpoint(scaled) as floats, Checkpoint(directory) as checkpoint:
+        head = checkpoint.names.head
+        weight = floats.load_model().get_parameter(f"{head}.weight").detach()
+        quantized = checkpoint.load_model()
+        tokenizer = load_local_tokenizer(directory)
+        seen: list[torch.Tensor] = []
+        quantized.get_submodule(head).register_forward_pre_hook(
+            lambda _module, inputs: seen.append(inputs[0])
+        )
+        for batch in calibration_batches(tokenizer, None, windows=1, tokens=64):
+            with torch.no_grad():
+                quantized(**batch)
+        linear = quantized.get_submodule(head)
+        assert isinstance(linear, QuantizedLinear)
+        change = linear.dequantized_weight() - weight
+        rounding = read_manifest(directory).details["rounding"][head]
+    x = torch.cat([each.reshape(-1, each.shape[-1]) for each in seen])
+    error = float((x @ change.t()).square().sum() / (x @ weight.t()).square().sum())
+    assert rounding["output_error"] == pytest.approx(error, rel=1e-2)
+    assert rounding["output_error"] <= rounding["nearest_output_error"]

@@ -60,7 +60,7 @@ def make_base(model: Path, output: Path, scheme: str, rotation: Path, **recipe: 
         merge=MergeMethod.EXACT,
         rotation=None,
         stored_rotation=rotation,
-        recipe=choose_recipe(scheme, rotation=None, **recipe),
+        recipe=choose_recipe(scheme, **recipe),
         calibration=None,
         calibration_windows=1,
         calibration_tokens=64,

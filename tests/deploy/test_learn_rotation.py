@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(model: Path, *, best_of: int = 1, **learning: Any) -> LearnRotationSettings:
-    recipe = choose_recipe("W4A4", rotation=None)
+    recipe = choose_recipe("W4A4")
     assert recipe is not None
     return LearnRotationSettings(
         model=str(model),
@@ -162,7 +162,7 @@ def test_quality_in_it_falls_with_the_bits(model: Path, rotation: Path, tmp_path
     errors = []
     for scheme in ("W8A8", "W4A4"):
         short = {"calibration_windows": 1, "calibration_tokens": 64}
-        recipe = choose_recipe(scheme, rotation=None, weights="rtn")
+        recipe = choose_recipe(scheme, weights="rtn")
         output = checkpoint(model, tmp_path / scheme, rotation, recipe=recipe, **short)
         errors.append(float((logits(output) - exact).norm() / exact.norm()))
     # Half a step of 1/127 of the largest value is one percent of a typical one; two blocks of four

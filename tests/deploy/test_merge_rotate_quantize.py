@@ -68,28 +68,41 @@ def test_an_unknown_rotation_is_named(text: str) -> None:
 
 
 def test_the_recipe_fills_in_what_was_left_open() -> None:
-    none = RotationChoice(frozenset())
-    rotated, plain = (choose_recipe("w4a4", rotation=choice) for choice in (None, none))
-    assert rotated is not None
-    assert plain is not None
-    assert (rotated.run_time_input(4).clip_ratio, rotated.static_after_norm) == (0.7, False)
-    assert plain.static_after_norm is False
-    for scheme, equalize, static in (
-        ("W4A4", False, True),
-        ("W8A8", None, True),
-        ("W8A8", True, False),
-    ):
-        recipe = choose_recipe(scheme, rotation=None, equalize=equalize)
-        assert recipe is not None
-        assert recipe.static_after_norm is static
-    eight = choose_recipe("W8A8", rotation=RotationChoice(frozenset({RotationName.R4})))
+    four, eight = choose_recipe("w4a4"), choose_recipe("W8A8")
+    assert four is not None
     assert eight is not None
-    assert (eight.run_time_input(8).clip_ratio, eight.static_after_norm) == (1.0, False)
-    asked = choose_recipe("W8A8", rotation=none, static=True, activation_clip=0.5, weights="rtn")
+    assert four.run_time_input(4).clip_ratio == 0.7
+    assert eight.run_time_input(8).clip_ratio == 1.0
+    for rotated, scaled, static, share in (
+        (True, False, True, 0.5),
+        (True, True, False, 0.25),
+        (False, False, False, 0.5),
+    ):
+        recipe = four.in_basis(rotated=rotated, scaled=scaled)
+        assert (recipe.static_after_norm, recipe.aim_share) == (static, share)
+    asked = choose_recipe("W8A8", static=True, activation_clip=0.5, weights="rtn")
     assert asked is not None
-    assert (asked.static_after_norm, asked.activation_clip) == (True, 0.5)
+    assert asked.in_basis(rotated=False, scaled=True).static_after_norm is True
+    assert asked.activation_clip == 0.5
     assert asked.weights is WeightMethod.RTN
-    assert choose_recipe(" fp32", rotation=None) is None
+    assert choose_recipe(" fp32") is None
+
+
+def test_defaults_follow_the_basis_that_the_model_is_in(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    scaled = make_checkpoint(model, tmp_path / "scaled", "FP32", equalize=True)
+    adapter = make_adapter(model, tmp_path / "adapter", "rolora")
+
+    def made(name: str, scheme: str, **options: Any) -> tuple[bool, float]:
+        directory = make_checkpoint(model, tmp_path / name, scheme, weights="rtn", **options)
+        recipe = read_manifest(directory).config["recipe"]
+        return recipe["static_after_norm"], recipe["aim_share"]
+
+    assert made("own", "W4A4") == (False, 0.25)
+    assert made("unscaled", "W4A4", equalize=False) == (True, 0.5)
+    assert made("in its basis", "W4A4", adapter=adapter) == (True, 0.5)
+    assert made("without R1", "W4A4", rotate="r2,r4") == (False, 0.5)
+    assert made("given", "W8A8", stored_rotation=scaled) == (False, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +119,7 @@ def test_the_recipe_fills_in_what_was_left_open() -> None:
 )
 def test_impossible_recipes_are_refused(scheme: str, options: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        choose_recipe(scheme, rotation=None, **options)
+        choose_recipe(scheme, **options)
 
 
 def test_merging_then_rotating_changes_nothing(

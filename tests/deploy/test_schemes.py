@@ -185,7 +185,7 @@ def test_the_manifest_says_what_was_chosen_and_why(model: Path, tmp_path: Path) 
     ],
 )
 def test_settings_that_quantize_nothing_are_refused(scheme: str, options: Any, said: str) -> None:
-    recipe = choose_recipe(scheme, rotation=None)
+    recipe = choose_recipe(scheme)
     with pytest.raises(ConfigError, match=said):
         CheckpointSettings("model", None, None, None, recipe, None, **options)
 

@@ -58,6 +58,7 @@ def make_checkpoint(
     budget: Budget | None = None,
     kv_bits: int = 16,
     equalize: bool | None = None,
+    stored_rotation: Path | None = None,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
@@ -67,7 +68,7 @@ def make_checkpoint(
         adapter=adapter,
         merge=merge,
         rotation=rotation,
-        recipe=choose_recipe(scheme, rotation=rotation, equalize=equalize, **recipe),
+        recipe=choose_recipe(scheme, **recipe),
         calibration=None,
         calibration_windows=windows,
         calibration_tokens=64,
@@ -75,6 +76,7 @@ def make_checkpoint(
         budget=budget,
         kv_bits=kv_bits,
         equalize=equalize,
+        stored_rotation=stored_rotation,
     )
     merge_rotate_quantize(settings, output)
     return output

@@ -38,9 +38,7 @@ def encoder_settings(
         adapter=adapter,
         merge=merge,
         rotation=NOT_ROTATED,
-        recipe=choose_recipe(
-            scheme, rotation=NOT_ROTATED, **{"weights": "rtn", "head_bits": FLOAT_BITS} | recipe
-        ),
+        recipe=choose_recipe(scheme, **{"weights": "rtn", "head_bits": FLOAT_BITS} | recipe),
         calibration=calibration,
         overrides=overrides,
     )

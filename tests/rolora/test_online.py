@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -190,4 +191,12 @@ def test_an_input_is_rotated_once_for_all_that_read_it(make_decoder: MakeDecoder
             other = linears[0](x.clone())
         assert len(calls) == before + 2
         torch.testing.assert_close(other, linears[0](x).detach())
+        first_pass = linears[0](x)
+        first_pass.sum().backward()
+        with torch.no_grad():
+            x += 1.0  # the module comes again: another pass, with other values
+        linears[0](x).sum().backward()
+        assert not torch.equal(linears[0](x), first_pass)
+        again = pickle.loads(pickle.dumps(decoder.model))  # between two readers
+        assert torch.equal(again(input_ids=ids).logits, decoder.model(input_ids=ids).logits)
     assert torch.equal(decoder.logits(), first)
