@@ -11,7 +11,7 @@ float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,9 @@ def quantize_encoder(
         UnsupportedModelError: The model is of another family.
     """
     _refuse_decoder_options(settings)
+    if settings.recipe is not None:
+        recipe = settings.recipe.in_basis(rotated=False, scaled=False)
+        settings = replace(settings, recipe=recipe)
     progress(f"loading {settings.model}")
     stored = None if settings.adapter is None else open_adapter(settings.adapter)
     opened = _Opened(settings, stored)
@@ -192,7 +195,6 @@ class _Opened:
         recipe, overrides = self._settings.recipe, self._settings.overrides
         if recipe is None:
             return CalibratedPlan([], {}), []
-        recipe = recipe.in_basis(rotated=False, scaled=False)
         model, names = self.loaded.model, self.names
         done = count(1)
         try:

@@ -753,7 +753,7 @@ def test_an_encoder_goes_from_adapter_to_answers_in_integers(
     quantize = ("merge-rotate-quantize", "--model", model, "--adapter", tmp_path / "adapter")
     options = ("--scheme", "W8A8", "--output", tmp_path / "checkpoint")
     shown = json.loads(terminal(*quantize, *options, "--dry-run").out)
-    assert (shown["rotate"], shown["recipe"]["static_after_norm"]) == ([], False)
+    assert (shown["rotate"], shown["recipe"]["static_after_norm"]) == ([], None)
     assert shown["recipe"]["head_bits"] == 32
     refused = terminal(*quantize, *options, "--rotate", "r1,r2", "--head-bits", 8)
     assert refused.code == 2
