@@ -7,7 +7,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from deploy.adapter_artifact import StoredAdapter
-from deploy.calibration_text import calibration_for
 from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import decoder_parts, open_decoder
 from deploy.errors import ConfigError
@@ -19,6 +18,7 @@ from rolora.equalization_walk import EqualizationWalk
 def measure_equalization(
     settings: CheckpointSettings,
     adapter: StoredAdapter | None,
+    batches: list[dict[str, Tensor]],
     progress: Callable[[str], None] = lambda step: None,
 ) -> Equalization:
     """Return the scales of a model with its adapter merged.
@@ -26,8 +26,9 @@ def measure_equalization(
     The model is opened by itself, so that whoever asks keeps theirs untouched.
 
     Args:
-        settings: Which model, merge and calibration text.
+        settings: Which model and merge.
         adapter: To be merged, of the model's own basis.
+        batches: Calibration text, at least one.
         progress: Called with a line for each step.
 
     Raises:
@@ -36,19 +37,10 @@ def measure_equalization(
     """
     source = open_decoder(settings.model, adapter, settings.merge)
     names = source.names
-
-    def calibration() -> list[dict[str, Tensor]]:
-        return calibration_for(
-            source.loaded,
-            settings.calibration,
-            windows=settings.calibration_windows,
-            tokens=settings.calibration_tokens,
-        )
-
-    source.begin(None, calibration, progress)
+    source.begin(None, lambda: batches, progress)
     progress("measuring how loud each channel is")
     try:
-        walk = EqualizationWalk(source.loaded.model, names, calibration())
+        walk = EqualizationWalk(source.loaded.model, names, batches)
         embedding, *blocks, head = decoder_parts(names)
         walk.begin(source.rows(embedding))
         for part, block in zip(blocks, names.blocks, strict=True):

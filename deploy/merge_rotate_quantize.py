@@ -152,14 +152,14 @@ def merge_rotate_quantize(
             progress(f"going on behind {finished} finished parts")
         if source.whole_because is not None:
             progress(f"working on the whole model in memory: {source.whole_because}")
+        calibrates = equalizes or settings.recipe is not None or settings.kv_bits != FLOAT_KV_BITS
+        batches = _calibration(source, settings) if calibrates else []
         if plan is not None and equalizes:
             # A run that goes on must work in the basis of the parts that are stored.
             scales = Equalization.from_tensors(store.states()) if finished else None
-            scales = scales or measure_equalization(settings, adapter, progress)
+            scales = scales or measure_equalization(settings, adapter, batches, progress)
             plan = plan.with_equalization(scales)
-        source.begin(plan, lambda: _calibration(source, settings), progress)
-        calibrates = settings.recipe is not None or settings.kv_bits != FLOAT_KV_BITS
-        batches = _calibration(source, settings) if calibrates else []
+        source.begin(plan, lambda: batches or _calibration(source, settings), progress)
         planned = _plan(source, settings, batches, progress)
         progress("quantizing part by part")
         PartWalk(source, settings, planned, plan, batches, store, layer_progress).run()
