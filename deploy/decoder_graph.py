@@ -12,7 +12,6 @@ changes at run time stands a branch that reads the float input (`adapter_ops`).
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +31,7 @@ from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.linear_ops import packed_name
 from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
+from rolora.fold import norms_and_readers
 
 HEAD_DIM_MULTIPLE = 16
 """What GroupQueryAttention demands of the head size, and of the part of it that it rotates."""
@@ -78,8 +78,7 @@ class DecoderGraph:
         self._products = linear_products(checkpoint)
         self.graph = GraphBuilder("decoder", stored)
         self._ops = CheckpointOps(self.graph, checkpoint, form)
-        norms = [(block.attention_norm, block.mlp_norm) for block in checkpoint.names.blocks]
-        self._stream_norms = {checkpoint.names.final_norm, *chain.from_iterable(norms)}
+        self._stream_norms = {norm for norm, _ in norms_and_readers(checkpoint.names)}
 
     def build(self) -> ir.Model:
         """Return the model with lazy weights; saving it reads them from the checkpoint."""

@@ -30,7 +30,7 @@ SmoothQuant (2211.10438), with ranges; invertible transforms learned for 4 bits 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rolora.decoder import BlockNames, DecoderNames
-from rolora.fold import row_chunks
+from rolora.fold import norms_and_readers, row_chunks
 
 FIELDS = ("attention", "value", "mlp", "down", "head")
 """Of `Equalization`, in the order in which data meets them."""
@@ -141,14 +141,6 @@ class Equalization:
             block.down: (down, None),
         }[fqn]
 
-    def norms(self, names: DecoderNames) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
-        """Yield the FQN of each norm, its scales, and the linears that read it."""
-        for layer, block in enumerate(names.blocks):
-            readers = (block.query, block.key, block.value)
-            yield block.attention_norm, self.attention[layer], readers
-            yield block.mlp_norm, self.mlp[layer], (block.gate, block.up)
-        yield names.final_norm, self.head, (names.head,)
-
 
 def equalize_model(
     model: PreTrainedModel,
@@ -187,10 +179,10 @@ def equalize_model(
             bias = getattr(linear, "bias", None)
             if behind is not None and isinstance(bias, Tensor):
                 bias.copy_(bias.double() * behind)
-        for fqn, scales, readers in equalization.norms(names):
-            if only is None or readers[0] in only:
-                gain = model.get_parameter(f"{fqn}.weight")
-                gain.copy_(scales - names.norm_offset)
+        for norm, reader in dict(norms_and_readers(names, only)).items():
+            scales, _ = equalization.of_linear(reader, names)
+            assert scales is not None
+            model.get_parameter(f"{norm}.weight").copy_(scales - names.norm_offset)
 
 
 def scale_delta(delta: Tensor, before: Tensor | None, behind: Tensor | None) -> Tensor:
