@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -258,20 +259,13 @@ class QuantizationWalk:
         return [readers[0] for readers in block.shared_inputs() if any(map(self._aims, readers))]
 
     def _head_moments(self, fqn: str) -> Moments:
-        """Return the second moments of what the head reads, behind an R1 at run time."""
-        norm, head = self._final_norm(), self._model.get_submodule(fqn)
-
-        def read(state: Tensor) -> Tensor:
-            return rows_of(rotated_input(head, norm(state)))
-
+        """Return the second moments of what the head reads."""
         moments = Moments()
-        own_states = self._streams[QUANTIZED].states
-        others: Sequence[Tensor | None] = [None] * len(own_states)
+        others: Iterable[Tensor | None] = repeat(None, len(self._streams[QUANTIZED].states))
         if self._aims(fqn):
-            others = self._streams[FLOAT].states
-        with torch.inference_mode():
-            for own, other in zip(own_states, others, strict=True):
-                moments.add(read(own), None if other is None else read(other))
+            others = self._head_inputs(fqn, FLOAT)
+        for own, other in zip(self._head_inputs(fqn, QUANTIZED), others, strict=True):
+            moments.add(rows_of(own), None if other is None else rows_of(other))
         moments.require_any(fqn)
         return moments
 
@@ -279,16 +273,19 @@ class QuantizationWalk:
         """Return what knows the head's input: with ranges of the float model's final norm."""
         if plan.observed not in self._static:
             return self._known
-        norm, head = self._final_norm(), self._model.get_submodule(plan.fqn)
         observer = RangeObserver()
-        with torch.inference_mode():
-            for state in self._streams[FLOAT].states:
-                observer.update_from(plan.fqn, rotated_input(head, norm(state)))
+        for x in self._head_inputs(plan.fqn, FLOAT):
+            observer.update_from(plan.fqn, x)
         return {plan.observed: observer}
 
-    def _final_norm(self) -> nn.Module:
-        fqn = self._names.final_norm
-        return nn.Identity() if fqn is None else self._model.get_submodule(fqn)
+    def _head_inputs(self, fqn: str, stream: str) -> Iterator[Tensor]:
+        """Yield what the head reads of each batch, behind the final norm and an R1 at run time."""
+        final_norm, head = self._names.final_norm, self._model.get_submodule(fqn)
+        norm = nn.Identity() if final_norm is None else self._model.get_submodule(final_norm)
+        for state in self._streams[stream].states:
+            with torch.inference_mode():
+                x = rotated_input(head, norm(state))
+            yield x
 
 
 def _joined_errors(results: Sequence[GptqResult]) -> tuple[float, float] | tuple[None, None]:
