@@ -34,7 +34,7 @@ from deploy.errors import ArtifactError
 from deploy.module_layout import empty_decoder, to_our_layout
 from deploy.rotation_file import load_rotation
 from rolora.decoder import BlockNames, DecoderNames
-from rolora.kv_attention import CODEC_NAME, attention_fqn, install_codecs
+from rolora.kv_attention import CODEC_NAME, install_codecs
 from rolora.kv_cache import FLOAT_KV_BITS, CacheCodec, check_kv_bits, stored_parts
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.online import install_online_rotations
@@ -94,7 +94,7 @@ class Checkpoint(CheckpointReader[DecoderNames]):
         parts = {}
         expected = (self.names.num_key_value_heads, 1, self.names.head_dim)
         for name in stored_parts(self.kv_bits):
-            key = f"{attention_fqn(block)}.{CODEC_NAME}.{name}"
+            key = f"{block.attention}.{CODEC_NAME}.{name}"
             if self.shape(key) != expected:
                 raise ArtifactError(
                     f"{self.directory / WEIGHTS_NAME}: {key}: expected shape {expected}, got "
@@ -111,7 +111,7 @@ class Checkpoint(CheckpointReader[DecoderNames]):
             return CacheCodec(rotation, self.kv_bits, **parts)
         except ValueError as error:
             raise ArtifactError(
-                f"{self.directory / WEIGHTS_NAME}: {attention_fqn(block)}: {error}; write the "
+                f"{self.directory / WEIGHTS_NAME}: {block.attention}: {error}; write the "
                 f"checkpoint again"
             ) from error
 

@@ -31,11 +31,6 @@ _STATES = "cache"
 """Name of the hidden states that walk through the model."""
 
 
-def attention_fqn(block: BlockNames) -> str:
-    """Return the FQN of the module that computes a block's attention."""
-    return block.output.rpartition(".")[0]
-
-
 def install_codecs(
     model: PreTrainedModel, names: DecoderNames, codecs: Iterable[CacheCodec]
 ) -> None:
@@ -51,7 +46,7 @@ def install_codecs(
     """
     use_codecs(model)
     for block, codec in zip(names.blocks, codecs, strict=True):
-        model.get_submodule(attention_fqn(block)).add_module(CODEC_NAME, codec)
+        model.get_submodule(block.attention).add_module(CODEC_NAME, codec)
 
 
 def use_codecs(model: PreTrainedModel) -> None:
@@ -119,7 +114,7 @@ class CacheWalk:
                 the module.
         """
         assert self._stream is not None, "begin or restore comes first"
-        fqn = attention_fqn(block)
+        fqn = block.attention
         attention, recorder = self._model.get_submodule(fqn), CacheRecorder(self._rotation)
         attention.add_module(CODEC_NAME, recorder)
         try:
@@ -184,7 +179,7 @@ def quantize_kv_cache(
     walk.begin()
     for block in names.blocks:
         walk.calibrate(block)
-        progress(attention_fqn(block))
+        progress(block.attention)
 
 
 def _attend(

@@ -18,7 +18,7 @@ from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.checkpoint_settings import CheckpointSettings, default_rotations, parse_rotation
 from deploy.errors import ArtifactError, ConfigError
-from rolora.kv_attention import CODEC_NAME, attention_fqn
+from rolora.kv_attention import CODEC_NAME
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName
 from tests.deploy.tiny_artifacts import make_checkpoint, save_model
 
@@ -76,7 +76,7 @@ def test_the_checkpoint_is_the_model_that_was_calibrated(eight_bits: Path) -> No
     with Checkpoint(eight_bits) as checkpoint:
         model, stored = checkpoint.load_model(), load_file(eight_bits / WEIGHTS_NAME)
         for block in checkpoint.names.blocks:
-            prefix = f"{attention_fqn(block)}.{CODEC_NAME}"
+            prefix = f"{block.attention}.{CODEC_NAME}"
             codec = model.get_submodule(prefix)
             parts = checkpoint.cache_parts(block)
             assert parts.keys() == {"key_scale", "value_scale"}

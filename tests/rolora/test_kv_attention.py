@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from rolora.kv_attention import (
     ATTENTION_NAME,
     CODEC_NAME,
-    attention_fqn,
     install_codecs,
     quantize_kv_cache,
 )
@@ -119,7 +118,7 @@ def test_padding_stays_masked(make_decoder: MakeDecoder) -> None:
 def test_scales_are_saved_with_the_model_and_the_rotation_is_not(make_decoder: MakeDecoder) -> None:
     decoder = make_decoder("llama")
     install(decoder, 8)
-    prefix = f"{attention_fqn(decoder.names.blocks[0])}.{CODEC_NAME}"
+    prefix = f"{decoder.names.blocks[0].attention}.{CODEC_NAME}"
     state = decoder.model.state_dict()
     found = {key.removeprefix(f"{prefix}.") for key in state if key.startswith(prefix)}
     assert found == {"key_scale", "value_scale"}
@@ -147,7 +146,7 @@ def test_a_codec_for_every_block_is_expected(make_decoder: MakeDecoder) -> None:
 
 def test_calibration_names_the_module_and_leaves_no_recorder(make_decoder: MakeDecoder) -> None:
     decoder = make_decoder("llama")
-    fqn = attention_fqn(decoder.names.blocks[1])
+    fqn = decoder.names.blocks[1].attention
     with torch.no_grad():
         decoder.model.get_parameter(f"{fqn}.k_proj.weight").fill_(torch.inf)
     with pytest.raises(ValueError, match=rf"{fqn}: .*NaN or infinite"):
