@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from deploy.artifact import (
     ArtifactKind,
@@ -28,11 +27,12 @@ from deploy.encoder_graph import EncoderGraph
 from deploy.encoder_parity import check_encoder_parity, parity_batch
 from deploy.errors import ParityError
 from deploy.export import (
-    ExportFormat,
     ExportReport,
     copy_companions,
     count_domains,
     count_operators,
+    onnx_config,
+    origin_details,
     save_graph,
 )
 from deploy.kernels import Kernel, encoder_form
@@ -69,11 +69,7 @@ def export_encoder(
     with EncoderCheckpoint(checkpoint_directory) as checkpoint:
         form = encoder_form(checkpoint, kernel, target)
         parents = {"checkpoint": checkpoint.manifest.digest}
-        config: dict[str, Any] = {
-            "format": str(ExportFormat.ONNX),
-            "target": str(target),
-            "kernel": str(kernel),
-        }
+        config = onnx_config(target, kernel)
         if done := finished_artifact(output, ArtifactKind.ENCODER, parents, config):
             progress(f"{output} is finished already")
             return ExportReport(output, done, peak_memory_bytes())
@@ -89,11 +85,7 @@ def export_encoder(
                 parity = check_encoder_parity(checkpoint, directory, parity_batch(checkpoint), form)
             except ParityError as error:
                 raise ParityError(f"{error}{saturation_hint(target, verification)}") from error
-            details: dict[str, Any] = {
-                "scheme": checkpoint.manifest.details.get("scheme"),
-                "model": checkpoint.manifest.config.get("model"),
-                "model_digest": checkpoint.manifest.parents.get("model"),
-                "target": str(target),
+            details = origin_details(checkpoint.manifest, target) | {
                 "kernels": {form.file: str(form.kernel)},
                 "operators": count_operators(model),
                 "operator_domains": count_domains(model),

@@ -32,6 +32,7 @@ from deploy.kernels import GraphForm
 from deploy.language_model import load_tokenizer
 from deploy.parity import (
     DRAWS,
+    EXPORT_FAULT,
     FLOOR_FACTOR,
     LEAST_BOUND,
     perturbed_embedding,
@@ -138,20 +139,17 @@ def parity_batch(checkpoint: EncoderCheckpoint) -> Batch:
 
 def _hold_to_bounds(report: EncoderParityReport) -> None:
     """Refuse a report whose errors exceed their bounds, and NaN."""
-    fault = (
-        "nothing was written. This is a fault of the export: please report it with the model's "
-        "config.json"
-    )
     if not report.hidden_error <= report.bound:
         raise ParityError(
             f"the exported graph departs from the torch reference: relative error of the last "
-            f"hidden states {report.hidden_error:.3g}, expected at most {report.bound:g}; {fault}"
+            f"hidden states {report.hidden_error:.3g}, expected at most {report.bound:g}; "
+            f"{EXPORT_FAULT}"
         )
     error, bound = report.head_error, report.head_bound
     if error is not None and bound is not None and not error <= bound:
         raise ParityError(
             f"the exported classification head departs from torch's: relative error of the logits "
-            f"{error:.3g}, expected at most {bound:g}; {fault}"
+            f"{error:.3g}, expected at most {bound:g}; {EXPORT_FAULT}"
         )
 
 

@@ -141,11 +141,7 @@ def export_onnx(
         adapters = _open_adapters(checkpoint, forms, keep, model, progress)
         parents = {"checkpoint": checkpoint.manifest.digest}
         parents |= {f"adapter {adapter.name}": adapter.digest for adapter in adapters}
-        config: dict[str, Any] = {
-            "format": str(ExportFormat.ONNX),
-            "target": str(target),
-            "kernel": str(kernel),
-        }
+        config = onnx_config(target, kernel)
         if done := finished_artifact(output, ArtifactKind.ONNX, parents, config):
             progress(f"{output} is finished already")
             return ExportReport(output, done, peak_memory_bytes())
@@ -179,11 +175,8 @@ def export_onnx(
                     config=config,
                     versions=library_versions(),
                     checks=checks,
-                    details={
-                        "scheme": checkpoint.manifest.details.get("scheme"),
-                        "model": checkpoint.manifest.config.get("model"),
-                        "model_digest": checkpoint.manifest.parents.get("model"),
-                        "target": str(target),
+                    details=origin_details(checkpoint.manifest, target)
+                    | {
                         "kernels": {form.file: str(form.kernel) for form in forms},
                         "operators": operators,
                         "operator_domains": domains,
@@ -197,6 +190,21 @@ def export_onnx(
                 ),
             )
     return ExportReport(output, manifest, peak_memory_bytes())
+
+
+def onnx_config(target: Target, kernel: Kernel) -> dict[str, Any]:
+    """Return what the manifest of an ONNX export says that it was asked for."""
+    return {"format": str(ExportFormat.ONNX), "target": str(target), "kernel": str(kernel)}
+
+
+def origin_details(checkpoint: Manifest, target: Target) -> dict[str, Any]:
+    """Return what the manifest of an ONNX export says of its checkpoint and its target."""
+    return {
+        "scheme": checkpoint.details.get("scheme"),
+        "model": checkpoint.config.get("model"),
+        "model_digest": checkpoint.parents.get("model"),
+        "target": str(target),
+    }
 
 
 def _open_adapters(

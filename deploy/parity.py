@@ -66,6 +66,11 @@ CHANCE = 1.25
 FLOOR_FACTOR = 2.0
 LEAST_BOUND = 1e-4
 """Bound of a model whose floor is below float32 rounding over many layers."""
+EXPORT_FAULT = (
+    "nothing was written. This is a fault of the export: please report it with the model's "
+    "config.json"
+)
+"""How the message of an export that failed its check ends."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +165,6 @@ def check_parity(
 
 def _hold_to_bounds(report: ParityReport, *, integer_prompt: bool, integer_steps: bool) -> None:
     """Refuse a report whose errors exceed their bounds, and NaN."""
-    fault = (
-        "nothing was written. This is a fault of the export: please report it with the model's "
-        "config.json"
-    )
     errors = [report.prefill_error] * integer_prompt + [report.decode_error] * integer_steps
     # Compared one by one: max() may pass over NaN.
     if not all(error <= report.bound for error in errors):
@@ -171,14 +172,14 @@ def _hold_to_bounds(report: ParityReport, *, integer_prompt: bool, integer_steps
             f"the exported graph departs from the torch reference: relative error of the logits "
             f"{max(errors):.3g} "
             f"(prefill {report.prefill_error:.3g}, decode {report.decode_error:.3g}), expected at "
-            f"most {report.bound:g}; {fault}"
+            f"most {report.bound:g}; {EXPORT_FAULT}"
         )
     error, bound = report.float_activation_error, report.float_activation_bound
     if error is not None and bound is not None and not error <= bound:
         raise ParityError(
             f"the exported graph departs from the torch reference: MatMulNBits is farther from the "
             f"model with float activations than the scheme is, relative error of the logits "
-            f"{error:.3g}, expected at most {bound:.3g}; {fault}"
+            f"{error:.3g}, expected at most {bound:.3g}; {EXPORT_FAULT}"
         )
 
 
