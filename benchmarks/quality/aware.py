@@ -49,13 +49,24 @@ class Round:
     seed: int = 0
 
 
-CASES: dict[str, tuple[str, tuple[Round, ...]]] = {
-    "w4a4": ("W4A4", (Round(120, 5e-4, 64),)),
-    "w4a8": ("W4A8", (Round(220, 4e-4, 32),)),
-    "w6a6": ("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
-    "w8a8": ("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
+@dataclass(frozen=True)
+class Case:
+    """A scheme and what is trained in it."""
+
+    scheme: str
+    rounds: tuple[Round, ...]
+    equalize: bool | None = None
+    """Channel scales; None where the scheme has them by default."""
+
+
+CASES = {
+    "w4a4": Case("W4A4", (Round(120, 5e-4, 64),)),
+    "w4a8": Case("W4A8", (Round(220, 4e-4, 32),)),
+    "w4a8-scaled": Case("W4A8", (Round(220, 4e-4, 32),), equalize=True),
+    "w6a6": Case("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
+    "w8a8": Case("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
 }
-"""Scheme and rounds of each case; a step is two packed rows of 512 tokens."""
+"""A step is two packed rows of 512 tokens."""
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -65,16 +76,21 @@ def train(arguments: argparse.Namespace) -> None:
     with arguments.rows.open(encoding="utf-8") as rows:
         later.write_text("".join(islice(rows, arguments.later)), encoding="utf-8")
     for name in arguments.cases:
-        scheme, rounds = CASES[name]
+        case = CASES[name]
         place = arguments.work / name
         start = place / "start"
-        recipe = choose_recipe(scheme)
         settings = CheckpointSettings(
-            DEMO_MODEL, None, MergeMethod.EXACT, None, recipe, arguments.calibration
+            DEMO_MODEL,
+            None,
+            MergeMethod.EXACT,
+            None,
+            choose_recipe(case.scheme),
+            arguments.calibration,
+            equalize=case.equalize,
         )
         merge_rotate_quantize(settings, start)
         export_onnx(start, place / "onnx-0", Target.CPU)
-        for number, each in enumerate(rounds, start=1):
+        for number, each in enumerate(case.rounds, start=1):
             data = str(later if each.later else arguments.rows)
             start = run_round(place, number, each, start, data)
             export_onnx(start, place / f"onnx-{number}", Target.CPU)
@@ -120,8 +136,8 @@ def measure(arguments: argparse.Namespace) -> None:
         found = json.loads(arguments.output.read_text(encoding="utf-8"))["cases"]
     reference = open_language_model(DEMO_MODEL)
     for name in arguments.cases:
-        scheme, rounds = CASES[name]
-        for number in range(len(rounds) + 1):
+        case = CASES[name]
+        for number in range(len(case.rounds) + 1):
             export = arguments.work / name / f"onnx-{number}"
             key = f"{name}-{number}"
             if key in found or not export.is_dir():
@@ -130,8 +146,8 @@ def measure(arguments: argparse.Namespace) -> None:
             windows = cut_windows(opened.tokenizer, read_text(arguments.text), 12, 1024)
             details: Any = read_manifest(export).details
             found[key] = {
-                "scheme": scheme,
-                "rounds": [asdict(each) for each in rounds[:number]],
+                "scheme": case.scheme,
+                "rounds": [asdict(each) for each in case.rounds[:number]],
                 "parity": details.get("parity"),
                 "results": evaluate_model(opened.model, reference.model, windows, frozenset(Task)),
             }
