@@ -16,8 +16,8 @@ Four ways to the same demo model, fine-tuned on instructions (RoLoRA, arXiv:2407
 Each of the first three is quantized to W4A4 with round-to-nearest and with GPTQ, and to W8A8; and
 measured in float (`plain` and `lbr` are one model there). Figures: mean loss of a completion token
 on TEST (the task), perplexity on TEXT, and zero-shot accuracy on the questions in DIR. A finished
-adapter in --work is not trained again, nor a cell in --output measured again. Checkpoints are
-measured in torch, with integer products.
+adapter in --work is not trained again, nor a cell in --output measured again. All cells are
+exported, and measured in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from deploy.checkpoint_settings import (
     parse_rotation,
 )
 from deploy.evaluation import EvaluationSettings, parse_tasks, run_evaluation
+from deploy.export import Target, export_onnx
 from deploy.finetune import FinetuneSettings, Method, finetune
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.model_location import DEMO_MODEL
@@ -148,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> None:
     found: dict[str, Any] = {}
     if output.is_file():
         found = json.loads(output.read_text(encoding="utf-8"))["cells"]
-    scratch = Path(arguments.work) / "checkpoint"
+    checkpoint, export = (Path(arguments.work) / name for name in ("checkpoint", "export"))
     for seed in arguments.seeds:
         for order in arguments.orders:
             for scheme in ORDERS[order]:
@@ -156,12 +157,14 @@ def measure(arguments: argparse.Namespace) -> None:
                 adapter = adapter_of(arguments, order, seed)
                 if key in found or not adapter.is_dir():
                     continue
-                shutil.rmtree(scratch, ignore_errors=True)
+                for directory in (checkpoint, export):
+                    shutil.rmtree(directory, ignore_errors=True)
                 if order == "aware":
-                    pack(PackSettings(DEMO_MODEL, adapter), scratch)
+                    pack(PackSettings(DEMO_MODEL, adapter), checkpoint)
                 else:
-                    quantize(arguments, adapter, order, scheme, scratch)
-                found[key] = figures(arguments, str(scratch))
+                    quantize(arguments, adapter, order, scheme, checkpoint)
+                export_onnx(checkpoint, export, Target.CPU)
+                found[key] = figures(arguments, str(export))
                 report = {
                     "model": DEMO_MODEL,
                     "steps": arguments.steps,
@@ -174,21 +177,22 @@ def measure(arguments: argparse.Namespace) -> None:
                 partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
                 partial.replace(output)
                 say(f"{key}: {found[key]}")
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def figures(arguments: argparse.Namespace, model: str) -> dict[str, float]:
-    """Measure one checkpoint."""
+    """Measure one export."""
 
     def results(tasks: str, **options: Any) -> dict[str, Any]:
-        settings = EvaluationSettings(model=model, tasks=parse_tasks(tasks), **options)
+        settings = EvaluationSettings(
+            model=model, tasks=parse_tasks(tasks), threads=arguments.threads, **options
+        )
         found: dict[str, Any] = run_evaluation(settings)["results"]
         return found
 
     found = {
         "loss": results("completion-ppl", data=arguments.test, limit=arguments.rows)[
-            "completion-ppl"
-        ]["completion_nll"],
+            "completion_nll"
+        ],
         "ppl": results("ppl", data=arguments.text)["ppl"],
     }
     chosen = results(",".join(TASKS), data=arguments.choices, limit=arguments.questions)
