@@ -124,7 +124,9 @@ def merge_rotate_quantize(
         if plan is not None and equalizes:
             # A run that goes on must work in the basis of the parts that are stored.
             scales = Equalization.from_tensors(store.states()) if finished else None
-            scales = scales or measure_equalization(settings, adapter, batches, progress)
+            if scales is None:
+                source.begin(None, lambda: batches, progress)
+                scales = measure_equalization(source, settings.model, batches, progress)
             plan = plan.with_equalization(scales)
         source.begin(plan, lambda: batches or _calibration(source, settings), progress)
         planned = _plan(source, settings, batches, progress)
