@@ -289,16 +289,12 @@ def verify_files(directory: Path) -> Manifest:
     return manifest
 
 
-def finished_artifact(
-    output: Path, kind: ArtifactKind, parents: Mapping[str, str], config: Mapping[str, JsonValue]
-) -> Manifest | None:
+def finished_artifact(output: Path, wanted: Manifest) -> Manifest | None:
     """Return the manifest of an output that this very stage has made already, or None.
 
     Args:
         output: where the stage would write.
-        kind: what it would make.
-        parents: digests of what it would make it from.
-        config: its resolved configuration.
+        wanted: kind, parents and resolved configuration of what it would make.
 
     Raises:
         ConfigError: `output` exists and is anything else.
@@ -308,8 +304,8 @@ def finished_artifact(
         return None
     if output.is_dir() and is_artifact(output):
         manifest = read_manifest(output)
-        plain_config = json.loads(json.dumps(config))
-        if (manifest.kind, manifest.parents, manifest.config) == (kind, parents, plain_config):
+        expected = (wanted.kind, wanted.parents, json.loads(json.dumps(wanted.config)))
+        if (manifest.kind, manifest.parents, manifest.config) == expected:
             return verify_files(output)
     raise ConfigError(
         f"output {output}: exists already and was made from other inputs or settings; name another "

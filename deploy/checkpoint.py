@@ -33,6 +33,7 @@ from deploy.checkpoint_reader import WEIGHTS_NAME, CheckpointReader
 from deploy.errors import ArtifactError
 from deploy.module_layout import empty_decoder, to_our_layout
 from deploy.rotation_file import load_rotation
+from deploy.staging import require_free_space
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_attention import CODEC_NAME, install_codecs
 from rolora.kv_cache import FLOAT_KV_BITS, CacheCodec, check_kv_bits, stored_parts
@@ -163,7 +164,11 @@ def write_model(directory: Path, model: nn.Module) -> None:
     Args:
         directory: An artifact that is being written.
         model: With an untied head.
+
+    Raises:
+        ArtifactError: The disk has no room for it.
     """
+    require_free_space(directory, weights_bytes(model))
     tensors = stored_tensors(model, [""])
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 

@@ -13,9 +13,8 @@ as its readers load it, and must compute what the checkpoint does (`deploy.compr
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deploy.artifact import (
-    MANIFEST_NAME,
     ArtifactKind,
     Manifest,
     finished_artifact,
@@ -45,11 +43,10 @@ from deploy.compressed_check import check_reader
 from deploy.compressed_reader import TRANSFORM_NAME, TRANSFORM_WEIGHT
 from deploy.compressed_scheme import compressed_scheme, describe_group
 from deploy.errors import ParityError, UnsupportedModelError
-from deploy.export import ExportFormat
+from deploy.export import ExportFormat, copy_companions
 from deploy.families import FAMILIES, family_of
 from deploy.memory import peak_memory_bytes
 from deploy.parity import parity_tokens
-from deploy.rotation_file import ROTATION_NAME
 from deploy.weight_files import CONFIG_NAME
 from rolora.affine import dequantize
 from rolora.kronecker import Rotation
@@ -57,7 +54,6 @@ from rolora.linear import dequantized_weight
 from rolora.rotation import applications
 from rolora.scheme import Granularity
 
-_NOT_COPIED = {WEIGHTS_NAME, ROTATION_NAME, MANIFEST_NAME, CARD_NAME}
 _LIBRARY = "compressed-tensors"
 _PACKED_PARTS = ("weight", "weight_scale", "input_scale")
 """Tensors of a quantized linear that are written anew."""
@@ -113,7 +109,9 @@ def export_compressed(
         _require_our_layout(checkpoint)
         parents = {"checkpoint": checkpoint.manifest.digest}
         config: dict[str, Any] = {"format": str(ExportFormat.COMPRESSED_TENSORS)}
-        if done := finished_artifact(output, ArtifactKind.COMPRESSED, parents, config):
+        versions = library_versions() | {_LIBRARY: metadata.version(_LIBRARY)}
+        wanted = Manifest(ArtifactKind.COMPRESSED, parents, config, versions)
+        if done := finished_artifact(output, wanted):
             progress(f"{output} is finished already")
             return CompressedReport(output, done, peak_memory_bytes())
         scheme = compressed_scheme(checkpoint)
@@ -124,9 +122,7 @@ def export_compressed(
             if isinstance(group, QuantizationScheme)
         }
         with new_artifact(output, needed_bytes=_needed_bytes(checkpoint)) as directory:
-            for path in sorted(checkpoint_directory.iterdir()):
-                if path.is_file() and path.name not in _NOT_COPIED:
-                    shutil.copyfile(path, directory / path.name)
+            copy_companions(checkpoint_directory, directory)
             progress("packing weights")
             tensors = _other_tensors(checkpoint, set(scheme.by_linear))
             for fqn, group in scheme.by_linear.items():
@@ -141,11 +137,8 @@ def export_compressed(
             (directory / CARD_NAME).write_text(card, encoding="utf-8")
             manifest = write_manifest(
                 directory,
-                Manifest(
-                    ArtifactKind.COMPRESSED,
-                    parents=parents,
-                    config=config,
-                    versions=library_versions() | {_LIBRARY: metadata.version(_LIBRARY)},
+                replace(
+                    wanted,
                     checks={"exact_weights": len(scheme.by_linear), "reader": asdict(check)},
                     details={
                         "scheme": checkpoint.manifest.details.get("scheme"),

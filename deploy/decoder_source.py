@@ -84,7 +84,7 @@ class DecoderSource(ABC):
         calibration: Callable[[], list[dict[str, Tensor]]],
         progress: Callable[[str], None],
     ) -> None:
-        """Make ready for the first part.
+        """Make ready for the first part; again, in front of a rotation, if it was without one.
 
         Args:
             plan: The rotation, of the adapter if that has one; online rotations are installed.
@@ -151,7 +151,7 @@ class ResidentDecoder(DecoderSource):
             if rotate_first and plan is not None:
                 progress("rotating into the adapter's basis")
                 rotate_model(loaded, names, plan)
-            if adapter is not None:
+            if adapter is not None and self._report is None:
                 progress(f"merging {adapter.directory}")
                 with _merge_faults(adapter):
                     self._report = merge_stored_adapter(

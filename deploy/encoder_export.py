@@ -11,6 +11,7 @@ The directory appears only after the graph has been run and compared with the to
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from deploy.artifact import (
@@ -32,7 +33,7 @@ from deploy.export import (
     count_domains,
     count_operators,
     onnx_config,
-    origin_details,
+    onnx_details,
     save_graph,
 )
 from deploy.kernels import Kernel, encoder_form
@@ -70,7 +71,8 @@ def export_encoder(
         form = encoder_form(checkpoint, kernel, target)
         parents = {"checkpoint": checkpoint.manifest.digest}
         config = onnx_config(target, kernel)
-        if done := finished_artifact(output, ArtifactKind.ENCODER, parents, config):
+        wanted = Manifest(ArtifactKind.ENCODER, parents, config, library_versions())
+        if done := finished_artifact(output, wanted):
             progress(f"{output} is finished already")
             return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
@@ -85,26 +87,10 @@ def export_encoder(
                 parity = check_encoder_parity(checkpoint, directory, parity_batch(checkpoint), form)
             except ParityError as error:
                 raise ParityError(f"{error}{saturation_hint(target, verification)}") from error
-            details = origin_details(checkpoint.manifest, target) | {
-                "kernels": {form.file: str(form.kernel)},
-                "operators": count_operators(model),
-                "operator_domains": count_domains(model),
-                "context_length": checkpoint.token_limit,
-            }
+            counts = count_operators(model), count_domains(model)
+            details = onnx_details(checkpoint.manifest, [form], *counts, checkpoint.token_limit)
             if checkpoint.labels is not None:
                 details[LABELS] = list(checkpoint.labels.names)
-            manifest = write_manifest(
-                directory,
-                Manifest(
-                    ArtifactKind.ENCODER,
-                    parents=parents,
-                    config=config,
-                    versions=library_versions(),
-                    checks={
-                        "parity": parity.to_dict(),
-                        "verified_on": verification.to_dict(),
-                    },
-                    details=details,
-                ),
-            )
+            checks = {"parity": parity.to_dict(), "verified_on": verification.to_dict()}
+            manifest = write_manifest(directory, replace(wanted, checks=checks, details=details))
     return ExportReport(output, manifest, peak_memory_bytes())

@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from deploy.adapter_artifact import StoredAdapter
-from deploy.checkpoint_settings import CheckpointSettings
-from deploy.decoder_source import decoder_parts, open_decoder
+from deploy.decoder_source import DecoderSource, decoder_parts
 from deploy.errors import ConfigError
 from deploy.memory import release_free_memory
 from rolora.equalization import Equalization
@@ -16,28 +14,23 @@ from rolora.equalization_walk import EqualizationWalk
 
 
 def measure_equalization(
-    settings: CheckpointSettings,
-    adapter: StoredAdapter | None,
+    source: DecoderSource,
+    reference: str,
     batches: list[dict[str, Tensor]],
     progress: Callable[[str], None] = lambda step: None,
 ) -> Equalization:
-    """Return the scales of a model with its adapter merged.
-
-    The model is opened by itself, so that whoever asks keeps theirs untouched.
+    """Return the scales of a model with its adapter merged; the source can begin anew behind it.
 
     Args:
-        settings: Which model and merge.
-        adapter: To be merged, of the model's own basis.
+        source: Begun without a rotation.
+        reference: What the user calls the model, for messages.
         batches: Calibration text, at least one.
         progress: Called with a line for each step.
 
     Raises:
         ConfigError: Inputs or weights are not finite on the calibration text.
-        As `open_decoder`.
     """
-    source = open_decoder(settings.model, adapter, settings.merge)
     names = source.names
-    source.begin(None, lambda: batches, progress)
     progress("measuring how loud each channel is")
     try:
         walk = EqualizationWalk(source.loaded.model, names, batches)
@@ -46,9 +39,10 @@ def measure_equalization(
         for part, block in zip(blocks, names.blocks, strict=True):
             source.load(part)
             walk.measure(block)
-            source.release(part)
-            release_free_memory()
+            if source.whole_because is None:
+                source.release(part)
+                release_free_memory()
         walk.measure_head(source.rows(head))
         return walk.result()
     except ValueError as error:
-        raise ConfigError(f"{settings.model}: cannot be equalized: {error}") from error
+        raise ConfigError(f"{reference}: cannot be equalized: {error}") from error

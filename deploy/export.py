@@ -142,7 +142,8 @@ def export_onnx(
         parents = {"checkpoint": checkpoint.manifest.digest}
         parents |= {f"adapter {adapter.name}": adapter.digest for adapter in adapters}
         config = onnx_config(target, kernel)
-        if done := finished_artifact(output, ArtifactKind.ONNX, parents, config):
+        wanted = Manifest(ArtifactKind.ONNX, parents, config, library_versions())
+        if done := finished_artifact(output, wanted):
             progress(f"{output} is finished already")
             return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
@@ -163,32 +164,13 @@ def export_onnx(
             write_genai_config(checkpoint, forms, directory)
             copy_companions(checkpoint_directory, directory)
             checks = check_export(checkpoint, directory, forms, progress)
+            details = onnx_details(checkpoint.manifest, forms, operators, domains, context)
             if adapters:
                 checks["adapters"] = _check_adapters(
                     checkpoint, directory, forms, adapters, progress
                 )
-            manifest = write_manifest(
-                directory,
-                Manifest(
-                    ArtifactKind.ONNX,
-                    parents=parents,
-                    config=config,
-                    versions=library_versions(),
-                    checks=checks,
-                    details=origin_details(checkpoint.manifest, target)
-                    | {
-                        "kernels": {form.file: str(form.kernel) for form in forms},
-                        "operators": operators,
-                        "operator_domains": domains,
-                        "context_length": context,
-                    }
-                    | (
-                        {"adapters": {adapter.name: adapter.to_details() for adapter in adapters}}
-                        if adapters
-                        else {}
-                    ),
-                ),
-            )
+                details["adapters"] = {each.name: each.to_details() for each in adapters}
+            manifest = write_manifest(directory, replace(wanted, checks=checks, details=details))
     return ExportReport(output, manifest, peak_memory_bytes())
 
 
@@ -197,13 +179,31 @@ def onnx_config(target: Target, kernel: Kernel) -> dict[str, Any]:
     return {"format": str(ExportFormat.ONNX), "target": str(target), "kernel": str(kernel)}
 
 
-def origin_details(checkpoint: Manifest, target: Target) -> dict[str, Any]:
-    """Return what the manifest of an ONNX export says of its checkpoint and its target."""
+def onnx_details(
+    checkpoint: Manifest,
+    forms: Sequence[GraphForm],
+    operators: Mapping[str, int],
+    domains: Mapping[str, int],
+    context: int,
+) -> dict[str, Any]:
+    """Return what the manifest of an ONNX export says of its checkpoint and its graphs.
+
+    Args:
+        checkpoint: Its manifest.
+        forms: The graphs, all for one target.
+        operators: How often each operator occurs in them.
+        domains: How many nodes each domain has in them.
+        context: The most tokens that the graphs take.
+    """
     return {
         "scheme": checkpoint.details.get("scheme"),
         "model": checkpoint.config.get("model"),
         "model_digest": checkpoint.parents.get("model"),
-        "target": str(target),
+        "target": str(forms[0].target),
+        "kernels": {form.file: str(form.kernel) for form in forms},
+        "operators": operators,
+        "operator_domains": domains,
+        "context_length": context,
     }
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,8 @@ def finetune(
     stored = None if settings.rotation is None else open_rotation(settings.rotation)
     if stored is not None:
         parents["rotation"] = stored.digest
-    if done := finished_artifact(output, ArtifactKind.ADAPTER, parents, settings.to_config()):
+    wanted = Manifest(ArtifactKind.ADAPTER, parents, settings.to_config(), library_versions())
+    if done := finished_artifact(output, wanted):
         progress(f"{output} is finished already")
         return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
     targets = rows.targets(loaded.model.config, settings.targets)
@@ -230,16 +231,7 @@ def finetune(
             save_scales(prepared.aware, directory)
         details: dict[str, Any] = {"training": summary, **rows.details}
         details |= save_rotation(directory, prepared.rotation)
-        manifest = write_manifest(
-            directory,
-            Manifest(
-                ArtifactKind.ADAPTER,
-                parents=parents,
-                config=settings.to_config(),
-                versions=library_versions(),
-                details=details,
-            ),
-        )
+        manifest = write_manifest(directory, replace(wanted, details=details))
         _write_summary(directory, settings, training, manifest)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return FinetuneReport(output, manifest, clock)

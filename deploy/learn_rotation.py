@@ -9,7 +9,7 @@ It takes long and its result serves many runs, so it is an artifact of its own, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ def learn_rotation_artifact(
     progress(f"loading {settings.model}")
     loaded = load_model(settings.model)
     parents = {"model": loaded.digest}
-    if done := finished_artifact(output, ArtifactKind.ROTATION, parents, settings.to_config()):
+    wanted = Manifest(ArtifactKind.ROTATION, parents, settings.to_config(), library_versions())
+    if done := finished_artifact(output, wanted):
         progress(f"{output} is finished already")
         return LearnRotationReport(output, done, peak_memory_bytes())
     names = decoder_names(loaded.model.config)
@@ -190,16 +191,8 @@ def learn_rotation_artifact(
                 "draws": {str(plan.seed): loss for plan, loss in zip(plans, draws, strict=False)},
             },
         }
-        manifest = write_manifest(
-            directory,
-            Manifest(
-                ArtifactKind.ROTATION,
-                parents=parents,
-                config=settings.to_config(),
-                versions=library_versions(),
-                details=details | save_rotation(directory, plan),
-            ),
-        )
+        details |= save_rotation(directory, plan)
+        manifest = write_manifest(directory, replace(wanted, details=details))
     return LearnRotationReport(output, manifest, peak_memory_bytes())
 
 

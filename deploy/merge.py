@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,8 @@ def merge(
     if stored is not None:
         stored.require_base(source.loaded.digest, settings.model)
         parents["adapter"] = stored.manifest_digest
-    kind = KINDS[settings.to]
-    if done := finished_artifact(output, kind, parents, settings.to_config()):
+    wanted = Manifest(KINDS[settings.to], parents, settings.to_config(), library_versions())
+    if done := finished_artifact(output, wanted):
         progress(f"{output} is finished already")
         return MergeStageReport(output, done)
     with new_artifact(output) as directory:
@@ -178,16 +178,7 @@ def merge(
         elif plain is not None:
             exported = source.exported(plain)
             details |= _write_adapter(exported, settings, directory) | dict(source.details)
-        manifest = write_manifest(
-            directory,
-            Manifest(
-                kind,
-                parents=parents,
-                config=settings.to_config(),
-                versions=library_versions(),
-                details=details,
-            ),
-        )
+        manifest = write_manifest(directory, replace(wanted, details=details))
     return MergeStageReport(output, manifest)
 
 

@@ -19,9 +19,8 @@ a line of progress says so and why.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -36,9 +35,8 @@ from deploy.artifact import (
 )
 from deploy.calibration_text import calibration_for
 from deploy.checkpoint import write_weights
-from deploy.checkpoint_reader import formats_to_details
+from deploy.checkpoint_report import CheckpointReport, quantization_details
 from deploy.checkpoint_settings import (
-    FLOAT_SCHEME,
     CheckpointSettings,
     RotationChoice,
     default_rotations,
@@ -52,7 +50,6 @@ from deploy.memory import peak_memory_bytes, release_free_memory
 from deploy.part_store import discard_parts, open_parts
 from deploy.part_walk import PartWalk
 from deploy.rotation_file import save_rotation
-from deploy.shortcut_merge import model_wide_figures
 from deploy.staging import require_free_space
 from deploy.stored_rotation import StoredRotation, open_rotation
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
@@ -61,36 +58,6 @@ from rolora.equalization import Equalization
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
 from rolora.rotation import RotationName, RotationPlan
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What the stage did."""
-
-    output: Path
-    manifest: Manifest
-    peak_memory_bytes: int
-    seconds_per_block: tuple[float, ...] = ()
-    """Of each block, until it is stored; nothing if the checkpoint was finished already."""
-    resumed_parts: int = 0
-    """Parts of the model that an earlier process had finished."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        rounding: Any = self.manifest.details["rounding"]
-        return {
-            "output": str(self.output),
-            "digest": self.manifest.digest,
-            "scheme": self.manifest.details["scheme"],
-            "merge": model_wide_figures(self.manifest.details["merge"]),
-            "quantized_layers": len(rounding),
-            "largest_rounding_error": max(
-                rounding.values(), key=lambda layer: layer["relative_error"], default=None
-            ),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "seconds_per_block": list(self.seconds_per_block),
-            "resumed_parts": self.resumed_parts,
-        }
 
 
 def merge_rotate_quantize(
@@ -135,8 +102,8 @@ def merge_rotate_quantize(
         rotated = plan is not None and plan.r1 is not None
         recipe = settings.recipe.in_basis(rotated=rotated, scaled=scaled)
         settings = replace(settings, recipe=recipe)
-    config = settings.to_config()
-    if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, config):
+    wanted = Manifest(ArtifactKind.CHECKPOINT, parents, settings.to_config(), library_versions())
+    if done := finished_artifact(output, wanted):
         progress(f"{output} is finished already")
         discard_parts(output)
         return CheckpointReport(output, done, peak_memory_bytes())
@@ -145,7 +112,7 @@ def merge_rotate_quantize(
             plan_layers(names, settings.recipe, settings.overrides)
         except ValueError as error:
             raise ConfigError(f"{loaded.name}: cannot be quantized: {error}") from error
-    key = {"parents": parents, "settings": config, "versions": library_versions()}
+    key = {"parents": parents, "settings": wanted.config, "versions": wanted.versions}
     with new_artifact(output) as directory, open_parts(output, key, resume=resume) as store:
         finished = len(store.parts)
         if finished:
@@ -157,7 +124,9 @@ def merge_rotate_quantize(
         if plan is not None and equalizes:
             # A run that goes on must work in the basis of the parts that are stored.
             scales = Equalization.from_tensors(store.states()) if finished else None
-            scales = scales or measure_equalization(settings, adapter, batches, progress)
+            if scales is None:
+                source.begin(None, lambda: batches, progress)
+                scales = measure_equalization(source, settings.model, batches, progress)
             plan = plan.with_equalization(scales)
         source.begin(plan, lambda: batches or _calibration(source, settings), progress)
         planned = _plan(source, settings, batches, progress)
@@ -165,28 +134,15 @@ def merge_rotate_quantize(
         PartWalk(source, settings, planned, plan, batches, store, layer_progress).run()
         progress("writing the checkpoint")
         facts = [part.facts for part in store.parts]
-        details: dict[str, Any] = {
-            "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
-            "linears": formats_to_details(planned.plans),
-            "choices": planned.to_details(),
-            "rounding": {error["fqn"]: error for part in facts for error in part["rounding"]},
-            "merge": source.merge_report([layer for part in facts for layer in part["merged"]]),
-            "kv_bits": settings.kv_bits,
-        } | save_rotation(directory, plan)
+        rounding = [error for part in facts for error in part["rounding"]]
+        merged = source.merge_report([layer for part in facts for layer in part["merged"]])
+        details = quantization_details(settings.recipe, planned, rounding, merged)
+        details |= {"kv_bits": settings.kv_bits} | save_rotation(directory, plan)
         loaded.model.config.save_pretrained(directory)
         save_tokenizer(loaded, directory)
         require_free_space(directory, sum(part.file.bytes for part in store.parts))
         write_weights(directory, [store.path(part.name) for part in store.parts])
-        manifest = write_manifest(
-            directory,
-            Manifest(
-                ArtifactKind.CHECKPOINT,
-                parents=parents,
-                config=config,
-                versions=library_versions(),
-                details=details,
-            ),
-        )
+        manifest = write_manifest(directory, replace(wanted, details=details))
     store.remove()
     seconds = tuple(part["seconds"] for part in facts[1:-1])
     return CheckpointReport(output, manifest, peak_memory_bytes(), seconds, finished)

@@ -7,7 +7,7 @@ integers are those that its last forward pass used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.checkpoint import Checkpoint, weights_bytes, write_model
+from deploy.checkpoint import Checkpoint, write_model
+from deploy.checkpoint_report import CheckpointReport
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model, save_tokenizer
 from deploy.memory import peak_memory_bytes
-from deploy.merge_rotate_quantize import CheckpointReport
 from deploy.quantized_training import (
     AwareModel,
     build_aware_model,
@@ -35,7 +35,6 @@ from deploy.quantized_training import (
     restore_scales,
 )
 from deploy.rotation_file import save_rotation
-from deploy.staging import require_free_space
 from reslora.adapter import restore_adapter
 from rolora.linear import QuantizedLinear
 
@@ -82,9 +81,9 @@ def pack(
             "adapter": adapter.manifest_digest,
             "start": start.manifest.digest,
         }
-        if done := finished_artifact(
-            output, ArtifactKind.CHECKPOINT, parents, settings.to_config()
-        ):
+        config = settings.to_config()
+        wanted = Manifest(ArtifactKind.CHECKPOINT, parents, config, library_versions())
+        if done := finished_artifact(output, wanted):
             progress(f"{output} is finished already")
             return CheckpointReport(output, done, peak_memory_bytes())
         progress(f"packing {settings.adapter} into {directory}")
@@ -100,18 +99,8 @@ def pack(
             details = _details(aware, start, model) | save_rotation(written, start.rotation)
             start.config.save_pretrained(written)
             save_tokenizer(loaded, written)
-            require_free_space(written, weights_bytes(model))
             write_model(written, model)
-            manifest = write_manifest(
-                written,
-                Manifest(
-                    ArtifactKind.CHECKPOINT,
-                    parents=parents,
-                    config=settings.to_config(),
-                    versions=library_versions(),
-                    details=details,
-                ),
-            )
+            manifest = write_manifest(written, replace(wanted, details=details))
     return CheckpointReport(output, manifest, peak_memory_bytes())
 
 

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from deploy.errors import ArtifactError
 from deploy.linear_ops import packed_name
 from deploy.session import OnnxDecoder
+from rolora.blocks import readers_by_linear
 from rolora.decoder import BlockNames, DecoderNames
 
 EMBEDDING, ATTENTION, MLP = "embedding", "attention", "mlp"
@@ -71,15 +72,14 @@ def find_probes(graph: onnx.GraphProto, names: DecoderNames) -> Probes:
     first = _required(nodes, f"{names.blocks[0].attention_norm}/SimplifiedLayerNormalization")
     streams = {EMBEDDING: first.input[0]}
     following = [*(block.attention_norm for block in names.blocks[1:]), names.final_norm]
-    linears = []
+    linears, readers = [], readers_by_linear(names)
     for layer, (block, next_norm) in enumerate(zip(names.blocks, following, strict=True)):
         for part, norm in ((ATTENTION, block.mlp_norm), (MLP, next_norm)):
             node = _required(nodes, f"{norm}/SkipSimplifiedLayerNormalization")
             streams[f"{layer}.{part}"] = node.input[1]
         for fqns in _products(nodes, block):
-            readers = next(group for group in block.shared_inputs() if fqns[0] in group)
             name = fqns[0] if len(fqns) == 1 else packed_name(block)
-            linears.append(_linear(nodes, str(layer), fqns, name, readers[0]))
+            linears.append(_linear(nodes, str(layer), fqns, name, readers[fqns[0]][0]))
     linears.append(_linear(nodes, HEAD, (names.head,), names.head, names.head))
     return Probes(streams, tuple(linears))
 

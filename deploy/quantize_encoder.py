@@ -27,9 +27,9 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.checkpoint import weights_bytes, write_model
-from deploy.checkpoint_reader import formats_to_details
-from deploy.checkpoint_settings import FLOAT_SCHEME, CheckpointSettings
+from deploy.checkpoint import write_model
+from deploy.checkpoint_report import CheckpointReport, quantization_details
+from deploy.checkpoint_settings import CheckpointSettings
 from deploy.classify import load_for_adapter
 from deploy.encoder_architecture import encoder_names, encoder_token_limit
 from deploy.encoder_calibration import (
@@ -43,9 +43,7 @@ from deploy.encoder_loading import LoadedClassifier, load_encoder
 from deploy.errors import ArtifactError, ConfigError
 from deploy.loading import LoadedModel, save_tokenizer
 from deploy.memory import peak_memory_bytes
-from deploy.merge_rotate_quantize import CheckpointReport
 from deploy.shortcut_merge import merge_stored_adapter
-from deploy.staging import require_free_space
 from reslora.labelled_rows import LabelScheme
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.encoder import EncoderNames
@@ -87,8 +85,8 @@ def quantize_encoder(
     parents = {"model": loaded.digest}
     if stored is not None:
         parents["adapter"] = stored.manifest_digest
-    config = settings.to_config()
-    if done := finished_artifact(output, ArtifactKind.CHECKPOINT, parents, config):
+    wanted = Manifest(ArtifactKind.CHECKPOINT, parents, settings.to_config(), library_versions())
+    if done := finished_artifact(output, wanted):
         progress(f"{output} is finished already")
         return CheckpointReport(output, done, peak_memory_bytes())
     with new_artifact(output) as directory:
@@ -102,27 +100,12 @@ def quantize_encoder(
         loaded.model.config.architectures = [type(loaded.model).__name__]
         loaded.model.config.save_pretrained(directory)
         save_tokenizer(loaded, directory)
-        require_free_space(directory, weights_bytes(loaded.model))
         write_model(directory, loaded.model)
-        details: dict[str, Any] = {
-            "scheme": FLOAT_SCHEME if settings.recipe is None else str(settings.recipe.scheme),
-            "linears": formats_to_details(planned.plans),
-            "choices": planned.to_details(),
-            "rounding": {error.fqn: asdict(error) for error in errors},
-            "merge": merged,
-        }
+        rounding = [asdict(error) for error in errors]
+        details = quantization_details(settings.recipe, planned, rounding, merged)
         if opened.labels is not None:
             details[LABELS] = list(opened.labels.names)
-        manifest = write_manifest(
-            directory,
-            Manifest(
-                ArtifactKind.CHECKPOINT,
-                parents=parents,
-                config=config,
-                versions=library_versions(),
-                details=details,
-            ),
-        )
+        manifest = write_manifest(directory, replace(wanted, details=details))
     return CheckpointReport(output, manifest, peak_memory_bytes())
 
 

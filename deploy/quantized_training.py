@@ -38,6 +38,7 @@ from reslora.batches import IGNORED
 from reslora.config import AdapterConfig
 from reslora.inside_weight import WeightChange, put_inside_weights, require_inside_weight
 from reslora.training_extension import TrainingExtension
+from rolora.blocks import readers_by_linear
 from rolora.decoder import DecoderNames
 from rolora.fold import untie_head
 from rolora.head_loss import Head, cross_entropy, divergence
@@ -160,12 +161,7 @@ def build_aware_model(
         else:
             untie_head(loaded.model, names)
     model = loaded.model
-    observed = {
-        fqn: readers[0]
-        for block in names.blocks
-        for readers in block.shared_inputs()
-        for fqn in readers
-    }
+    readers = readers_by_linear(names)
     inputs: dict[str, InputQuantizer] = {}
     layers: dict[str, QuantizationAwareLinear] = {}
 
@@ -174,7 +170,7 @@ def build_aware_model(
         if not isinstance(theirs, QuantizedLinear):
             return base
         shared = inputs.setdefault(
-            observed[fqn], InputQuantizer(theirs.activation, theirs.input_scale)
+            readers[fqn][0], InputQuantizer(theirs.activation, theirs.input_scale)
         )
         layers[fqn] = QuantizationAwareLinear(base.weight, theirs, shared, change)
         return layers[fqn]

@@ -92,3 +92,12 @@ class BlockStack(Protocol):
 
     def roles(self) -> Iterable[tuple[str, LinearRole]]:
         """Return FQN and role of every linear that can be quantized, in depth order."""
+
+
+def readers_by_linear(names: BlockStack) -> dict[str, tuple[str, ...]]:
+    """Map each linear of the blocks to those that read its input, the one that stands for it first.
+
+    Query stands for query, key and value, gate for gate and up.
+    """
+    shared = [readers for block in names.blocks for readers in block.shared_inputs()]
+    return {fqn: readers for readers in shared for fqn in readers}

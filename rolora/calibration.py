@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rolora.affine import SMALLEST_SCALE, activation_range
+from rolora.naming import naming
 
 _BINS = 4096
 _CANDIDATES = 512
@@ -53,10 +54,8 @@ class RangeObserver:
 
     def update_from(self, fqn: str, x: Tensor) -> None:
         """Do as `update`; the message of an error names the module whose input it is."""
-        try:
+        with naming(fqn):
             self.update(x)
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from error
 
     def _double(self, largest: float) -> None:
         """Double the range by pairing bins (or set it, the first time)."""

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from rolora.block_stream import BlockStream, KnownRows, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.kv_cache import CacheCodec, CacheRecorder
+from rolora.naming import naming
 
 ATTENTION_NAME = "rolora_cache"
 """Under which transformers knows our attention function; one with "sdpa" in it would be refused
@@ -118,10 +119,9 @@ class CacheWalk:
         attention, recorder = self._model.get_submodule(fqn), CacheRecorder(self._rotation)
         attention.add_module(CODEC_NAME, recorder)
         try:
-            self._stream.advance(block)
-            codec = recorder.codec(self._bits)
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from error
+            with naming(fqn):
+                self._stream.advance(block)
+                codec = recorder.codec(self._bits)
         finally:
             delattr(attention, CODEC_NAME)
         attention.add_module(CODEC_NAME, codec)

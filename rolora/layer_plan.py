@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rolora.blocks import BlockStack
+from rolora.naming import naming
 from rolora.overrides import Override, overridden
 from rolora.scheme import (
     FLOAT_BITS,
@@ -55,7 +56,8 @@ def plan_layers(
             shared = []
             for fqn in readers:
                 scheme = _scheme(recipe.scheme, exceptions.get(fqn, ()))
-                _require_groups_fit(recipe, scheme, fqn)
+                with naming(fqn):
+                    recipe.require_groups_fit(scheme)
                 spec = recipe.block_input(
                     after_norm=position in (0, 2), bits=scheme.activation_bits
                 )
@@ -86,13 +88,6 @@ def _plan_head(fqn: str, recipe: QuantizationRecipe, exceptions: Sequence[Overri
 
 def _stays_float(plan: LayerPlan) -> bool:
     return plan.weight.bits == UNQUANTIZED_BITS and plan.activation.is_float
-
-
-def _require_groups_fit(recipe: QuantizationRecipe, scheme: Scheme, fqn: str) -> None:
-    try:
-        recipe.require_groups_fit(scheme)
-    except ValueError as error:
-        raise ValueError(f"{fqn}: {error}") from error
 
 
 def _require_one_input(plans: Sequence[LayerPlan]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rolora.blocks import readers_by_linear
 from rolora.decoder import DecoderNames
 from rolora.kronecker import Rotation
 from rolora.rotation import RotationPlan, Side, applications
@@ -93,8 +94,7 @@ def install_online_rotations(
                     f"{entry.fqn}: expected no online rotation, got one already installed; remove "
                     f"its handle first, and attach adapters before installing"
                 )
-    shared = [readers for block in names.blocks for readers in block.shared_inputs()]
-    readers_of = {fqn: readers for readers in shared for fqn in readers}
+    readers_of = readers_by_linear(names)
     hooks: dict[str, _RotateInput] = {}
     handles = []
     for entry in entries:

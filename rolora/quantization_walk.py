@@ -16,11 +16,11 @@ from rolora.fold import row_chunks
 from rolora.gptq import Gptq, GptqResult, aims_elsewhere
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.naming import naming
 from rolora.online import rotated_input
 from rolora.quantize import (
     LayerError,
     float_linear,
-    naming,
     quantize_linear,
     relative_error,
     replace_module,

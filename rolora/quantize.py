@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from rolora.calibration import RangeObserver
 from rolora.gptq import Gptq
 from rolora.layer_plan import LayerPlan
 from rolora.linear import InputQuantizedLinear, QuantizedLinear, dequantized_weight
+from rolora.naming import naming
 from rolora.rtn import quantize_weight, rows_at_a_time
 from rolora.scheme import UNQUANTIZED_BITS, Granularity, QuantizationRecipe, WeightSpec
 
@@ -64,15 +64,6 @@ def quantize_linear(
     replace_module(model, plan.fqn, quantized)
     squares = squared_norms(weight, q, scale, plan.weight)
     return LayerError(plan.fqn, relative_error(squares), output_error, nearest_error)
-
-
-@contextmanager
-def naming(fqn: str) -> Iterator[None]:
-    """Put the name of a module in front of the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{fqn}: {error}") from error
 
 
 def float_linear(model: nn.Module, fqn: str) -> nn.Linear:

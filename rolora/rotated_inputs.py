@@ -28,6 +28,7 @@ from rolora.calibration import RangeObserver
 from rolora.decoder import DecoderNames
 from rolora.fake_quant import fake_quantize
 from rolora.kronecker import Rotation
+from rolora.naming import naming
 from rolora.rotation import RotationPlan
 from rolora.scheme import FLOAT_BITS, ActivationSpec, Granularity, QuantizationRecipe
 
@@ -196,18 +197,14 @@ class RotatedInputs:
         scale = None
         if site.spec.granularity is Granularity.TENSOR:
             scale = self._static_scale(site)
-        try:
+        with naming(site.fqn):
             rounded = self._rounding(site.turn(x), site.spec, scale)
-        except ValueError as error:
-            raise ValueError(f"{site.fqn}: {error}") from error
         return site.turn_back(rounded).to(x.dtype)
 
     def _observe(self, site: _Site, x: Tensor) -> Tensor:
         if site.spec.granularity is Granularity.TENSOR:
-            try:
+            with naming(site.fqn):
                 self._observers.setdefault(site.fqn, RangeObserver()).update(site.turn(x))
-            except ValueError as error:
-                raise ValueError(f"{site.fqn}: {error}") from error
         return x
 
     def _static_scale(self, site: _Site) -> float:

@@ -25,6 +25,7 @@ from rolora.activation import rounded_activation
 from rolora.affine import dequantize, weight_range
 from rolora.calibration import RangeObserver
 from rolora.layer_plan import LayerPlan
+from rolora.naming import naming
 from rolora.rtn import quantize_weight
 from rolora.scheme import ActivationSpec, Granularity, WeightSpec
 
@@ -178,12 +179,10 @@ class _WeightMeter:
         self._multiplications = _elements(model, plan.fqn)
         weight = model.get_submodule(plan.fqn).weight
         assert isinstance(weight, Tensor)
-        try:
+        with naming(plan.fqn):
             self._q, self._scale = quantize_weight(
                 weight.detach(), plan.weight, clip_search=clip_search
             )
-        except ValueError as error:
-            raise ValueError(f"{plan.fqn}: {error}") from error
 
     def attach(self, model: nn.Module) -> _Remove:
         return model.get_submodule(self._plan.fqn).register_forward_hook(self._see).remove

@@ -201,22 +201,22 @@ def test_a_finished_output_is_recognized_only_with_the_same_parents_and_config(
     tmp_path: Path,
 ) -> None:
     output, parents, config = tmp_path / "out", {"model": "0"}, {"rotate": ("r1", "r2")}
-    checkpoint = ArtifactKind.CHECKPOINT
-    assert finished_artifact(output, checkpoint, parents, config) is None
+    wanted = Manifest(ArtifactKind.CHECKPOINT, parents, config)
+    assert finished_artifact(output, wanted) is None
     written = make_artifact(output, parents=parents, config=config)
-    found = finished_artifact(output, checkpoint, parents, config)
+    found = finished_artifact(output, wanted)
     assert found is not None
     assert found.digest == written.digest
     for other in (
-        (ArtifactKind.ONNX, parents, config),
-        (checkpoint, {"model": "1"}, config),
-        (checkpoint, parents, {"rotate": ("r1",)}),
+        {"kind": ArtifactKind.ONNX},
+        {"parents": {"model": "1"}},
+        {"config": {"rotate": ("r1",)}},
     ):
         with pytest.raises(ConfigError, match="exists already and was made from other inputs"):
-            finished_artifact(output, *other)
+            finished_artifact(output, replace(wanted, **other))
     (output / "weights.bin").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"weights\.bin: expected 256 bytes, found 0"):
-        finished_artifact(output, checkpoint, parents, config)
+        finished_artifact(output, wanted)
 
 
 def test_what_is_no_artifact_is_never_taken_for_a_finished_output(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_what_is_no_artifact_is_never_taken_for_a_finished_output(tmp_path: Path
     (tmp_path / "file").write_text("mine")
     for name in ("mine", "file"):
         with pytest.raises(ConfigError, match=f"{name}: exists already"):
-            finished_artifact(tmp_path / name, ArtifactKind.ONNX, {}, {})
+            finished_artifact(tmp_path / name, Manifest(ArtifactKind.ONNX))
 
 
 def test_a_stage_that_forgets_the_manifest_leaves_nothing(tmp_path: Path) -> None:
