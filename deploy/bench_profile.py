@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench import BenchReport, BenchSettings
+from deploy.bench_report import BenchReport, BenchSettings
 from deploy.machine_limits import MachineLimits, measure_limits
 from deploy.operator_trace import (
     NodeEvent,
@@ -166,7 +166,7 @@ def profile_onnx(
         products,
         weight_bytes(prompts[0][0], bits[0]),
         products / limits.products_per_s,
-        report.time_to_first_token_s,
+        report.medians["time_to_first_token_s"],
     )
     token = tokens[0]
     read = weight_bytes(token, bits[1])
@@ -176,7 +176,7 @@ def profile_onnx(
         multiply_adds(token),
         read,
         (read + cache_bytes) / limits.read_bytes_per_s,
-        settings.batch / report.decode_tokens_per_s,
+        settings.batch / report.medians["decode_tokens_per_s"],
     )
     return Profile(str(directory), settings, limits, cache_bytes, prefill, decode)
 
