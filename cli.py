@@ -1133,13 +1133,19 @@ def parity_command(
     as_json: Json = False,
 ) -> None:
     """Show, layer by layer, how an export departs from torch, and where first."""
+    from deploy.artifact import EXPORTS, ArtifactKind, read_manifest
+    from deploy.encoder_layer_parity import EncoderExportReport, report_on_encoder
     from deploy.layer_parity import report_on_export
-    from deploy.layer_report import COLUMNS
+    from deploy.layer_report import COLUMNS, LayerReport
     from deploy.report_file import require_place, write_report
 
     require_place("--report", report)
+    found: LayerReport | EncoderExportReport
     with stderr.status("comparing"):
-        found = report_on_export(model, checkpoint)
+        if read_manifest(model, *EXPORTS).kind is ArtifactKind.ENCODER:
+            found = report_on_encoder(model, checkpoint)
+        else:
+            found = report_on_export(model, checkpoint)
     if report is not None:
         write_report(report, found.to_dict())
     _finish_table(found.to_dict(), as_json, COLUMNS, found.rows(every=every))
