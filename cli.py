@@ -24,7 +24,7 @@ from rich.table import Table
 from deploy.errors import ConfigError, RoloraError
 
 if TYPE_CHECKING:
-    from deploy.bench import BenchReport
+    from deploy.bench_report import BenchReport
     from deploy.kept_adapters import AdapterChoice
 
 app = typer.Typer(
@@ -1041,8 +1041,13 @@ def evaluate_command(
 @app.command("bench")
 def bench_command(
     model: Annotated[Path, typer.Option(help="What export wrote.")],
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 128,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Tokens of the prompt; of an encoder, of each text.")
+    ] = 512,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens decoded after it. Default: 128; an encoder decodes none."),
+    ] = None,
     runs: Annotated[int, typer.Option(help="Runs; the figures are medians.")] = 5,
     threads: Annotated[
         int | None,
@@ -1051,13 +1056,14 @@ def bench_command(
             "processors this process may use."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences that go on together.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences that go on together, or texts.")] = 1,
     against: Annotated[
         str | None,
         typer.Option(
             help="Peers to measure in turn with it, separated by commas: genai-int4, genai-int8, "
             "genai-fp32 (built by onnxruntime-genai), genai:DIRECTORY, llama.cpp:Q8_0 or another "
-            "type (MODEL's file in --peer-cache), llama.cpp:FILE.gguf."
+            "type (MODEL's file in --peer-cache), llama.cpp:FILE.gguf, torch (the float model in "
+            "transformers, of an encoder too)."
         ),
     ] = None,
     peer_model: Annotated[
@@ -1074,19 +1080,22 @@ def bench_command(
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="Write a JSON file that says which operators the time goes to, and how far that "
-            "is from what this machine allows."
+            help="Write a JSON file that says which operators a decoder's time goes to, and how "
+            "far that is from what this machine allows."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure prompt and decode speed, time to first token, memory and size of an export."""
-    from deploy.bench import BenchSettings, bench_onnx, fix_threads
+    """Measure speed, latency, memory and size of an export: of prompt and decode, or of texts."""
+    from deploy.bench import bench_onnx, settings_for
+    from deploy.bench_report import fix_threads
     from deploy.report_file import require_place
 
     require_place("--profile", profile)
-    settings = BenchSettings(prompt_tokens, new_tokens, runs, threads, batch)
+    settings = settings_for(model, prompt_tokens, new_tokens, runs, threads, batch)
     if profile is not None:
+        if settings.new_tokens is None:
+            raise ConfigError(f"{model}: holds an encoder; --profile is for decoders")
         settings = fix_threads(settings)
     if against is None:
         given = {"--peer-model": peer_model, "--peer-cache": peer_cache, "--llama-cpp": llama_cpp}
@@ -1098,14 +1107,15 @@ def bench_command(
             )
         _finish(report.to_dict(), as_json, report.rows())
     else:
-        from deploy.bench_against import COLUMNS, LEGEND, bench_against
+        from deploy.bench_against import LEGEND, bench_against
         from deploy.bench_peers import PeerSettings, parse_peers
 
         peers = PeerSettings(parse_peers(against), peer_model, peer_cache, llama_cpp)
         with stderr.status("starting") as status:
             comparison = bench_against(model, settings, peers, lambda step: status.update(step))
         report = comparison.reports[comparison.ours]
-        _finish_table(comparison.to_dict(), as_json, COLUMNS, comparison.rows(), LEGEND)
+        rows = comparison.rows()
+        _finish_table(comparison.to_dict(), as_json, comparison.columns(), rows, LEGEND)
     if profile is not None:
         _profile(model, report, profile, as_json)
 
@@ -1123,13 +1133,19 @@ def parity_command(
     as_json: Json = False,
 ) -> None:
     """Show, layer by layer, how an export departs from torch, and where first."""
+    from deploy.artifact import EXPORTS, ArtifactKind, read_manifest
+    from deploy.encoder_layer_parity import EncoderExportReport, report_on_encoder
     from deploy.layer_parity import report_on_export
-    from deploy.layer_report import COLUMNS
+    from deploy.layer_report import COLUMNS, LayerReport
     from deploy.report_file import require_place, write_report
 
     require_place("--report", report)
+    found: LayerReport | EncoderExportReport
     with stderr.status("comparing"):
-        found = report_on_export(model, checkpoint)
+        if read_manifest(model, *EXPORTS).kind is ArtifactKind.ENCODER:
+            found = report_on_encoder(model, checkpoint)
+        else:
+            found = report_on_export(model, checkpoint)
     if report is not None:
         write_report(report, found.to_dict())
     _finish_table(found.to_dict(), as_json, COLUMNS, found.rows(every=every))

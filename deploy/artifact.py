@@ -42,6 +42,9 @@ class ArtifactKind(StrEnum):
     COMPRESSED = "compressed-tensors"
 
 
+EXPORTS = (ArtifactKind.ONNX, ArtifactKind.ENCODER)
+"""What `rolora export --format onnx` makes."""
+
 MADE_BY = {
     ArtifactKind.ADAPTER: "rolora finetune or rolora merge --to adapter",
     ArtifactKind.CHECKPOINT: "rolora merge-rotate-quantize",
@@ -54,8 +57,8 @@ MADE_BY = {
 TAKEN_BY = {
     ArtifactKind.ADAPTER: "rolora merge, merge-rotate-quantize or evaluate --adapter",
     ArtifactKind.CHECKPOINT: "rolora export --checkpoint, or rolora evaluate --model",
-    ArtifactKind.ONNX: "rolora run, evaluate or bench --model",
-    ArtifactKind.ENCODER: "rolora evaluate --tasks classification --model, or ONNX Runtime",
+    ArtifactKind.ONNX: "rolora run, evaluate, bench or parity --model",
+    ArtifactKind.ENCODER: "rolora evaluate --tasks classification, bench or parity --model",
     ArtifactKind.MODEL: "rolora finetune, merge, merge-rotate-quantize or evaluate --model",
     ArtifactKind.ROTATION: "rolora merge-rotate-quantize or finetune --rotation",
     ArtifactKind.COMPRESSED: "rolora evaluate --model, transformers or vLLM",

@@ -1,148 +1,84 @@
-"""Speed of an exported directory: prompt, decode, first token, memory, size, load time.
+"""Speed of an exported directory: a decoder's prompt and decode, an encoder's texts, memory, load.
 
-Each run starts from an empty cache: one prompt, then tokens one by one, as a caller of plain ONNX
-Runtime would do it; or several sequences of one length at once. The figures are medians over the
-runs, with the least and the greatest beside them; what each run took is reported too.
+A decoder runs as a caller of plain ONNX Runtime would have it: one prompt into an empty cache, then
+tokens one by one; or several sequences of one length at once. An encoder runs a batch of texts of
+one length.
 
 This module needs numpy and onnxruntime only.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from deploy.artifact import ArtifactKind, read_manifest
-from deploy.errors import ConfigError
+from deploy.artifact import EXPORTS, ArtifactKind, Manifest, read_manifest
+from deploy.bench_report import DECODE, ENCODE, PREFILL, BenchReport, BenchRun, BenchSettings
+from deploy.encoder_session import OnnxEncoder
+from deploy.errors import ArtifactError, ConfigError
 from deploy.memory import peak_memory_bytes
 from deploy.session import OnnxDecoder
 
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What is measured."""
-
-    prompt_tokens: int = 512
-    new_tokens: int = 128
-    runs: int = 5
-    threads: int | None = None
-    batch: int = 1
-    """Sequences that are prompted and go on together."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A count is below 1.
-        """
-        threads = 1 if self.threads is None else self.threads
-        if min(self.prompt_tokens, self.new_tokens, self.runs, threads, self.batch) < 1:
-            raise ConfigError(f"bench: every count must be at least 1, got {asdict(self)}")
+MODEL_CONFIG_NAME = "config.json"
 
 
-def fix_threads(settings: BenchSettings) -> BenchSettings:
-    """Return settings whose threads, if none are given, are the processors at hand."""
-    if settings.threads is not None:
-        return settings
-    usable = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
-    return replace(settings, threads=count)
+def settings_for(
+    directory: Path,
+    prompt_tokens: int,
+    new_tokens: int | None,
+    runs: int,
+    threads: int | None,
+    batch: int,
+) -> BenchSettings:
+    """Return what to measure of an exported directory; a decoder has new tokens without asking.
+
+    Args:
+        directory: What `rolora export` wrote.
+        prompt_tokens: See `BenchSettings`.
+        new_tokens: None leaves them to the kind of model.
+        runs: See `BenchSettings`.
+        threads: See `BenchSettings`.
+        batch: See `BenchSettings`.
+
+    Raises:
+        ConfigError: Of `BenchSettings` and `read_export`.
+        StageOrderError: The directory is no export.
+    """
+    if new_tokens is None and read_manifest(directory, *EXPORTS).kind is ArtifactKind.ONNX:
+        new_tokens = BenchSettings.new_tokens
+    settings = BenchSettings(prompt_tokens, new_tokens, runs, threads, batch)
+    read_export(directory, settings)
+    return settings
 
 
-@dataclass(frozen=True)
-class BenchRun:
-    """One run, in seconds."""
+def read_export(directory: Path, settings: BenchSettings) -> Manifest:
+    """Read the manifest of an export, and refuse settings that are not for its model.
 
-    prefill_s: float
-    decode_s: float
-
-
-def prefill_rates(settings: BenchSettings, runs: Sequence[BenchRun]) -> list[float]:
-    """Return the prompt tokens per second of each run, over all sequences."""
-    return [settings.batch * settings.prompt_tokens / run.prefill_s for run in runs]
-
-
-def decode_rates(settings: BenchSettings, runs: Sequence[BenchRun]) -> list[float]:
-    """Return the new tokens per second of each run, over all sequences."""
-    return [settings.batch * settings.new_tokens / run.decode_s for run in runs]
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """Medians over the runs."""
-
-    model: str
-    settings: BenchSettings
-    load_s: float
-    runs: tuple[BenchRun, ...]
-    peak_rss_bytes: int
-    file_bytes: int
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens per second, median."""
-        tokens = self.settings.batch * self.settings.prompt_tokens
-        return tokens / self.time_to_first_token_s
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """New tokens per second after the first, median."""
-        tokens = self.settings.batch * self.settings.new_tokens
-        return tokens / statistics.median(run.decode_s for run in self.runs)
-
-    @property
-    def spread(self) -> dict[str, tuple[float, float]]:
-        """Least and greatest of each figure that is a median."""
-        firsts = [run.prefill_s for run in self.runs]
-        prefill = prefill_rates(self.settings, self.runs)
-        decode = decode_rates(self.settings, self.runs)
-        return {
-            "prefill_tokens_per_s": (min(prefill), max(prefill)),
-            "decode_tokens_per_s": (min(decode), max(decode)),
-            "time_to_first_token_s": (min(firsts), max(firsts)),
-        }
-
-    @property
-    def time_to_first_token_s(self) -> float:
-        """Seconds from the prompt to the first token, median."""
-        return statistics.median(run.prefill_s for run in self.runs)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Return the figures as (name, text) rows."""
-        prefill, decode = (
-            "{:.0f} to {:.0f}".format(*self.spread[f"{phase}_tokens_per_s"])
-            for phase in ("prefill", "decode")
+    Raises:
+        ConfigError: New tokens of an encoder, or none of a decoder; texts longer than an encoder
+            reads.
+        StageOrderError: The directory is no export.
+    """
+    manifest = read_manifest(directory, *EXPORTS)
+    if manifest.kind is ArtifactKind.ONNX:
+        if settings.new_tokens is None:
+            raise ConfigError(f"{directory}: holds a decoder; give --new-tokens to decode")
+        return manifest
+    if settings.new_tokens is not None:
+        raise ConfigError(
+            f"{directory}: holds an encoder, which decodes no tokens; leave --new-tokens out"
         )
-        return [
-            ("prefill", f"{self.prefill_tokens_per_s:.0f} tokens/s, runs {prefill}"),
-            ("decode", f"{self.decode_tokens_per_s:.1f} tokens/s, runs {decode}"),
-            ("time to first token", f"{self.time_to_first_token_s:.3f} s"),
-            ("load", f"{self.load_s:.2f} s"),
-            ("peak memory", f"{self.peak_rss_bytes / 1e6:.1f} MB"),
-            ("files", f"{self.file_bytes / 1e6:.1f} MB"),
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {
-            "model": self.model,
-            "prefill_tokens_per_s": self.prefill_tokens_per_s,
-            "decode_tokens_per_s": self.decode_tokens_per_s,
-            "time_to_first_token_s": self.time_to_first_token_s,
-            "load_s": self.load_s,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "file_bytes": self.file_bytes,
-            "spread": self.spread,
-            "settings": asdict(self.settings),
-            "runs": [asdict(run) for run in self.runs],
-        }
+    limit = manifest.details.get("context_length")
+    if isinstance(limit, int) and settings.prompt_tokens > limit:
+        raise ConfigError(
+            f"{directory}: texts of {settings.prompt_tokens} tokens exceed the model's context "
+            f"length of {limit}; lower --prompt-tokens"
+        )
+    return manifest
 
 
 def bench_onnx(
@@ -156,17 +92,17 @@ def bench_onnx(
         progress: Called with the number of finished runs.
 
     Raises:
-        ConfigError: The tokens do not fit the model's context.
+        ConfigError: The settings are not for the model, or the tokens do not fit its context.
         StageOrderError: The directory is no export.
         ArtifactError: ONNX Runtime cannot load it.
     """
-    manifest = read_manifest(directory, ArtifactKind.ONNX)
+    manifest = read_export(directory, settings)
     started = time.perf_counter()
-    with OnnxDecoder(directory, threads=settings.threads) as decoder:
+    with open_export(directory, settings) as run_once:
         load_s = time.perf_counter() - started
         runs = []
         for done in range(settings.runs + 1):
-            run = measure_run(decoder, settings)
+            run = run_once()
             if done:
                 runs.append(run)
             progress(done)
@@ -180,14 +116,53 @@ def bench_onnx(
     )
 
 
-def measure_run(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
-    """Time one prompt and its continuation; tokens are random, seeded, and equal in every run."""
-    prompt, count = settings.prompt_tokens, settings.prompt_tokens + settings.new_tokens
-    ids = np.random.default_rng(0).integers(0, decoder.vocab_size, (settings.batch, count))
+@contextmanager
+def open_export(directory: Path, settings: BenchSettings) -> Iterator[Callable[[], BenchRun]]:
+    """Load a directory and give what runs it once.
+
+    Args:
+        directory: What `rolora export` or onnxruntime-genai's model builder wrote.
+        settings: What a run is; without new tokens the directory holds an encoder.
+
+    Raises:
+        ConfigError: A run's tokens do not fit the model's context.
+        ArtifactError: ONNX Runtime cannot load it.
+    """
+    if settings.new_tokens is None:
+        encoder = OnnxEncoder(directory, threads=settings.threads)
+        yield partial(measure_texts, encoder, _vocab_size(directory), settings)
+    else:
+        with OnnxDecoder(directory, threads=settings.threads) as decoder:
+            yield partial(measure_prompt, decoder, settings)
+
+
+def measure_prompt(decoder: OnnxDecoder, settings: BenchSettings) -> BenchRun:
+    """Time one prompt and its continuation."""
+    ids = settings.random_tokens(decoder.vocab_size)
+    prompt, count = settings.prompt_tokens, ids.shape[1]
     decoder.start(capacity=count, batch=settings.batch)
     started = time.perf_counter()
     decoder.append(ids[:, :prompt], last_only=True)
     prefilled = time.perf_counter()
     for position in range(prompt, count):
         decoder.append(ids[:, position : position + 1])
-    return BenchRun(prefilled - started, time.perf_counter() - prefilled)
+    return {PREFILL: prefilled - started, DECODE: time.perf_counter() - prefilled}
+
+
+def measure_texts(encoder: OnnxEncoder, vocab_size: int, settings: BenchSettings) -> BenchRun:
+    """Time one batch of texts."""
+    batch = {"input_ids": settings.random_tokens(vocab_size)}
+    started = time.perf_counter()
+    encoder.run(batch)
+    return {ENCODE: time.perf_counter() - started}
+
+
+def _vocab_size(directory: Path) -> int:
+    """Return how many tokens an encoder knows, from its own configuration beside the graph."""
+    path = directory / MODEL_CONFIG_NAME
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path}: does not say the size of the vocabulary ({error!r}); export again"
+        ) from error

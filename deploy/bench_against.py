@@ -20,35 +20,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from deploy.artifact import ArtifactKind, read_manifest
-from deploy.bench import (
-    BenchReport,
-    BenchRun,
-    BenchSettings,
-    decode_rates,
-    fix_threads,
-    prefill_rates,
-)
+from deploy.bench import read_export
 from deploy.bench_peers import PeerSettings, Runtime, Subject, prepare_peers
+from deploy.bench_report import BenchReport, BenchRun, BenchSettings, Figure, fix_threads
 from deploy.errors import ArtifactError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 """Where a worker's Python finds this package."""
 LLAMA_WORKER = Path(__file__).with_name("llama_worker.py")
-COLUMNS = (
-    "model",
-    "prefill/s",
-    "decode/s",
-    "first s",
-    "load s",
-    "RSS MB",
-    "file MB",
-    "prefill x",
-    "decode x",
-)
+WORKERS = {Runtime.ONNX: "deploy.onnx_worker", Runtime.TORCH: "deploy.torch_worker"}
+"""Modules that run in this Python."""
 LEGEND = (
-    "Tokens a second (least-greatest of the runs). x: how many times as fast as this model the "
-    "export is, median of the rounds."
+    "Medians, in brackets least and greatest of the runs. x: how many times as fast as this model "
+    "the export is, median of the rounds."
 )
 
 
@@ -71,23 +55,26 @@ class Comparison:
     """By name, the export first."""
 
     def ratios(self, name: str) -> dict[str, Ratio]:
-        """Return how many times faster the export is than a peer, for prefill and decode."""
+        """Return how many times faster the export is than a model, in each phase."""
         mine, other = self.reports[self.ours].runs, self.reports[name].runs
         result = {}
-        for phase, rates in (("prefill", prefill_rates), ("decode", decode_rates)):
-            pairs = zip(rates(self.settings, mine), rates(self.settings, other), strict=True)
-            found = [a / b for a, b in pairs]
+        for phase in self.settings.phases:
+            found = [b[phase] / a[phase] for a, b in zip(mine, other, strict=True)]
             result[phase] = Ratio(statistics.median(found), min(found), max(found))
         return result
 
+    def columns(self) -> tuple[str, ...]:
+        """Return the headings of `rows`."""
+        figures = (figure.column for figure in self.settings.figures)
+        ratios = (f"{phase} x" for phase in self.settings.phases)
+        return ("model", *figures, "load s", "RSS MB", "file MB", *ratios)
+
     def rows(self) -> list[tuple[str, ...]]:
-        """Return a row of texts for each model, under `COLUMNS`."""
+        """Return a row of texts for each model, under `columns`."""
         return [
             (
                 name,
-                _rate(report.prefill_tokens_per_s, report.spread["prefill_tokens_per_s"]),
-                _rate(report.decode_tokens_per_s, report.spread["decode_tokens_per_s"]),
-                f"{report.time_to_first_token_s:.3f}",
+                *(_text(figure, report) for figure in self.settings.figures),
                 f"{report.load_s:.2f}",
                 f"{report.peak_rss_bytes / 1e6:.0f}",
                 f"{report.file_bytes / 1e6:.1f}",
@@ -113,9 +100,11 @@ class Comparison:
         }
 
 
-def _rate(median: float, spread: tuple[float, float]) -> str:
-    places = 0 if median >= 100 else 1
-    return f"{median:.{places}f} ({spread[0]:.{places}f}-{spread[1]:.{places}f})"
+def _text(figure: Figure, report: BenchReport) -> str:
+    median = figure.text(report.medians[figure.key])
+    if figure.amount is None:
+        return median
+    return f"{median} ({'-'.join(map(figure.text, report.spread[figure.key]))})"
 
 
 def bench_against(
@@ -134,11 +123,12 @@ def bench_against(
         progress: Called with a line for each step.
 
     Raises:
-        ConfigError: A peer is not there or cannot be built, or the tokens do not fit a model.
+        ConfigError: A peer is not there, cannot be built or is not for the export's kind of model,
+            or the settings are not.
         StageOrderError: The directory is no export.
         ArtifactError: A model cannot be loaded or fails.
     """
-    read_manifest(export, ArtifactKind.ONNX)
+    read_export(export, settings)
     settings = fix_threads(settings)
     subjects = [Subject("ours", Runtime.ONNX, export), *prepare_peers(export, peers, progress)]
     if peers.llama_python is None and any(s.runtime is Runtime.LLAMA for s in subjects):
@@ -204,12 +194,14 @@ class Worker:
     ) -> None:
         self.subject = subject
         self.peak_rss_bytes = 0
-        command = [sys.executable, "-m", "deploy.bench_worker"]
+        self._phases = settings.phases
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         }
         if subject.runtime is Runtime.LLAMA:
             command, environment = [str(llama_python), str(LLAMA_WORKER)], dict(os.environ)
+        else:
+            command = [sys.executable, "-m", WORKERS[subject.runtime]]
         self._errors: TextIO = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -255,7 +247,7 @@ class Worker:
             self._process.wait()  # it has ended, and its message says why
         answer = self._answer()
         self.peak_rss_bytes = int(answer["peak_rss_bytes"])
-        return BenchRun(float(answer["prefill_s"]), float(answer["decode_s"]))
+        return {phase: float(answer[f"{phase}_s"]) for phase in self._phases}
 
     def _answer(self) -> dict[str, Any]:
         """Read a line of the process."""

@@ -5,10 +5,11 @@
     llama.cpp:Q8_0, llama.cpp:Q4_0       MODEL.Q8_0.gguf in the directory of peers; this package
                                          writes no GGUF files, benchmarks/cpu/write_gguf.py does
     llama.cpp:FILE.gguf                  any GGUF file
+    torch                                the float model in transformers
 
-The builder reads a directory of float weights, so a model that comes as a GGUF file is written as
-one first. What is kept lies under the digest of the model's files and, for what the builder wrote,
-the version of the builder.
+All but the last run decoders only. The builder and transformers read a directory of float weights,
+so a model that comes as a GGUF file is written as one first. What is kept lies under the digest of
+the model's files and, for what the builder wrote, the version of the builder.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deploy.artifact import ArtifactKind, Manifest, is_artifact, read_manifest
+from deploy.artifact import EXPORTS, ArtifactKind, Manifest, is_artifact, read_manifest
 from deploy.errors import ArtifactError, ConfigError
 from deploy.model_location import locate_model
 from deploy.session import GENAI_CONFIG_NAME
@@ -31,11 +32,11 @@ from deploy.staging import staged_directory
 
 PRECISIONS = ("int4", "int8", "fp32")
 """What the builder of onnxruntime-genai makes for processors."""
-GENAI, LLAMA = "genai", "llama.cpp"
+GENAI, LLAMA, TORCH = "genai", "llama.cpp", "torch"
 CONFIG_NAME = "config.json"
 KINDS = (
     f"{', '.join(f'{GENAI}-{precision}' for precision in PRECISIONS)}, {GENAI}:DIRECTORY, "
-    f"{LLAMA}:TYPE such as {LLAMA}:Q8_0, or {LLAMA}:FILE.gguf"
+    f"{LLAMA}:TYPE such as {LLAMA}:Q8_0, {LLAMA}:FILE.gguf, or {TORCH}"
 )
 
 
@@ -44,6 +45,7 @@ class Runtime(StrEnum):
 
     ONNX = "onnxruntime"
     LLAMA = "llama.cpp"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,18 @@ class Subject:
     name: str
     runtime: Runtime
     path: Path
-    """A directory with `genai_config.json`, or a GGUF file."""
+    """An export, a directory with `genai_config.json` or with float weights, or a GGUF file."""
 
     @property
     def model_bytes(self) -> int:
         """Size of graphs and weights, of a GGUF file with its tokenizer."""
-        files = [self.path] if self.runtime is Runtime.LLAMA else self.path.glob("*.onnx*")
+        from deploy.weight_files import find_weight_files
+
+        files: Iterable[Path] = [self.path]
+        if self.runtime is Runtime.ONNX:
+            files = self.path.glob("*.onnx*")
+        elif self.runtime is Runtime.TORCH:
+            files = find_weight_files(self.path)
         return sum(path.stat().st_size for path in files)
 
 
@@ -82,7 +90,7 @@ def parse_peers(text: str) -> tuple[str, ...]:
         ConfigError: An unknown one, one twice, or none.
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    built = {f"{GENAI}-{precision}" for precision in PRECISIONS}
+    built = {TORCH, *(f"{GENAI}-{precision}" for precision in PRECISIONS)}
     faults = [
         f"{name!r} is none of {KINDS}"
         for name in names
@@ -113,9 +121,16 @@ def prepare_peers(
         progress: Called with a line for each step.
 
     Raises:
-        ConfigError: A peer is not there, or needs a model that was not named and cannot be found.
+        ConfigError: A peer is not there, or needs a model that was not named and cannot be found;
+            or the export is that of an encoder, which the peer cannot run.
         ArtifactError: The builder fails.
     """
+    is_encoder = read_manifest(export, *EXPORTS).kind is ArtifactKind.ENCODER
+    if is_encoder and (others := [name for name in settings.names if name != TORCH]):
+        raise ConfigError(
+            f"--against {','.join(others)}: {export} holds an encoder, and these run decoders "
+            f"only; expected {TORCH}"
+        )
     cache = settings.cache or default_cache()
     source = _Source(export, settings.model, cache, progress)
     subjects = []
@@ -123,6 +138,8 @@ def prepare_peers(
         kind, _, place = name.partition(":")
         if kind == LLAMA:
             subjects.append(Subject(name, Runtime.LLAMA, _gguf_file(place, source)))
+        elif kind == TORCH:
+            subjects.append(Subject(name, Runtime.TORCH, source.float_directory()))
         elif place:
             subjects.append(Subject(name, Runtime.ONNX, _genai_directory(Path(place))))
         else:
@@ -181,7 +198,7 @@ class _Source:
         output = self.directory() / f"{GENAI}-{version}-{precision}"
         if output.is_dir():
             return _genai_directory(output)
-        weights = self._float_directory()
+        weights = self.float_directory()
         self._progress(f"building {GENAI}-{precision}")
         with staged_directory(output) as partial, TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
@@ -194,13 +211,14 @@ class _Source:
                 )
         return output
 
-    def _float_directory(self) -> Path:
+    def float_directory(self) -> Path:
         """Return the model as a directory of float weights."""
+        directory = self.directory()
         assert self._model is not None
         located = locate_model(self._model)
         if not located.is_gguf:
             return located.path
-        output = self.directory() / "float32"
+        output = directory / "float32"
         if not output.is_dir():
             from deploy.loading import load_model, save_tokenizer
 
@@ -242,7 +260,7 @@ def recorded_model(export: Path) -> str:
     Raises:
         ConfigError: It is not recorded, or what is there now is another model.
     """
-    manifest = read_manifest(export, ArtifactKind.ONNX)
+    manifest = read_manifest(export, *EXPORTS)
     model, digest = manifest.details.get("model"), manifest.details.get("model_digest")
     checkpoint = None if model else _checkpoint_beside(export, manifest.parents["checkpoint"])
     if checkpoint is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench import BenchReport, BenchSettings
+from deploy.bench_report import BenchReport, BenchSettings
 from deploy.machine_limits import MachineLimits, measure_limits
 from deploy.operator_trace import (
     NodeEvent,
@@ -141,11 +141,12 @@ def profile_onnx(
         ArtifactError: ONNX Runtime cannot load it, or its record is not as expected.
     """
     settings = report.settings
-    assert settings.threads is not None
+    new_tokens = settings.new_tokens
+    assert settings.threads is not None and new_tokens is not None
     progress("measuring the machine's limits")
     limits = measure_limits(settings.threads)
     progress("recording")
-    steps = min(settings.new_tokens, MOST_STEPS)
+    steps = min(new_tokens, MOST_STEPS)
     with (
         tempfile.TemporaryDirectory() as scratch,
         OnnxDecoder(directory, threads=settings.threads, profiles=Path(scratch)) as decoder,
@@ -157,7 +158,7 @@ def profile_onnx(
         of_prompts, of_tokens = (runs[file] for file in files)
         prompts, tokens = split_phases(of_prompts, of_tokens, settings.runs, steps)
         bits = [bits_by_node(file) for file in decoder.graph_files]
-        middle = settings.prompt_tokens + (settings.new_tokens + 1) // 2
+        middle = settings.prompt_tokens + (new_tokens + 1) // 2
         cache_bytes = settings.batch * middle * decoder.cache_bytes_per_token
     products = sum(multiply_adds(run) for run in prompts[0])
     prefill = _phase(
@@ -166,7 +167,7 @@ def profile_onnx(
         products,
         weight_bytes(prompts[0][0], bits[0]),
         products / limits.products_per_s,
-        report.time_to_first_token_s,
+        report.medians["time_to_first_token_s"],
     )
     token = tokens[0]
     read = weight_bytes(token, bits[1])
@@ -176,7 +177,7 @@ def profile_onnx(
         multiply_adds(token),
         read,
         (read + cache_bytes) / limits.read_bytes_per_s,
-        settings.batch / report.decode_tokens_per_s,
+        settings.batch / report.medians["decode_tokens_per_s"],
     )
     return Profile(str(directory), settings, limits, cache_bytes, prefill, decode)
 
@@ -184,7 +185,7 @@ def profile_onnx(
 def _repeat(decoder: OnnxDecoder, settings: BenchSettings, steps: int) -> None:
     count = settings.prompt_tokens + steps
     ids = np.random.default_rng(0).integers(0, decoder.vocab_size, (settings.batch, count))
-    decoder.start(capacity=settings.prompt_tokens + settings.new_tokens, batch=settings.batch)
+    decoder.start(capacity=count, batch=settings.batch)
     decoder.append(ids[:, : settings.prompt_tokens], last_only=True)
     for position in range(settings.prompt_tokens, count):
         decoder.append(ids[:, position : position + 1])

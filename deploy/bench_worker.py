@@ -1,6 +1,6 @@
-"""A process that holds one exported directory and measures it when asked.
+"""What a process that holds one model says, when it is asked to measure it.
 
-    python -m deploy.bench_worker DIRECTORY SETTINGS
+    python -m deploy.onnx_worker|deploy.torch_worker DIRECTORY SETTINGS
 
 SETTINGS is `BenchSettings` as JSON. One line of JSON goes out for the loaded model, then one for
 each line that comes in: a run's seconds and the peak memory so far. The end of the input ends it.
@@ -13,35 +13,32 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
-from deploy.bench import BenchSettings, measure_run
+from deploy.bench_report import BenchRun, BenchSettings
 from deploy.errors import RoloraError
 from deploy.memory import peak_memory_bytes
-from deploy.session import OnnxDecoder
+
+Opening: TypeAlias = Callable[[Path, BenchSettings], AbstractContextManager[Callable[[], BenchRun]]]
+"""Loads a directory on entry and gives what runs it once."""
 
 
-def serve(directory: Path, settings: BenchSettings, requests: TextIO, answers: TextIO) -> None:
-    """Load a directory and answer requests until there are no more.
-
-    Args:
-        directory: What `rolora export` or onnxruntime-genai's model builder wrote.
-        settings: What a run is.
-        requests: A line a run.
-        answers: Receives a line of JSON for the loaded model and for each run.
+def serve(opened: Opening, directory: Path, settings: BenchSettings) -> None:
+    """Load a directory and answer requests on stdin until there are no more.
 
     Raises:
-        ArtifactError: ONNX Runtime cannot load it.
+        ArtifactError: It cannot be loaded.
         ConfigError: The tokens do not fit the model's context.
     """
     started = time.perf_counter()
-    with OnnxDecoder(directory, threads=settings.threads) as decoder:
-        _answer(answers, {"load_s": time.perf_counter() - started})
-        for _ in requests:
-            run = measure_run(decoder, settings)
-            _answer(answers, asdict(run) | {"peak_rss_bytes": peak_memory_bytes()})
+    with opened(directory, settings) as run_once:
+        _answer(sys.stdout, {"load_s": time.perf_counter() - started})
+        for _ in sys.stdin:
+            seconds = {f"{phase}_s": s for phase, s in run_once().items()}
+            _answer(sys.stdout, seconds | {"peak_rss_bytes": peak_memory_bytes()})
 
 
 def _answer(answers: TextIO, content: dict[str, Any]) -> None:
@@ -49,8 +46,9 @@ def _answer(answers: TextIO, content: dict[str, Any]) -> None:
     answers.flush()
 
 
-if __name__ == "__main__":
+def main(opened: Opening) -> None:
+    """Serve what the command line names."""
     try:
-        serve(Path(sys.argv[1]), BenchSettings(**json.loads(sys.argv[2])), sys.stdin, sys.stdout)
+        serve(opened, Path(sys.argv[1]), BenchSettings(**json.loads(sys.argv[2])))
     except RoloraError as error:
         sys.exit(str(error))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifact import read_manifest
-from deploy.bench import BenchSettings, bench_onnx
+from deploy.bench import bench_onnx
+from deploy.bench_report import BenchSettings
 from deploy.calibration_text import sample_path, sample_text
 from deploy.checkpoint_settings import CheckpointSettings, RotationChoice, choose_recipe
 from deploy.export import Target, export_onnx
@@ -209,6 +210,6 @@ def _measure(
         ppl_ratio=quality["ppl_ratio"],
         top1_agreement=quality["top1_agreement"],
         file_bytes=graph_bytes,
-        prefill_tokens_per_s=speed.prefill_tokens_per_s,
-        decode_tokens_per_s=speed.decode_tokens_per_s,
+        prefill_tokens_per_s=speed.medians["prefill_tokens_per_s"],
+        decode_tokens_per_s=speed.medians["decode_tokens_per_s"],
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from deploy.artifact import (
@@ -25,6 +26,7 @@ from deploy.artifact import (
 from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.encoder_checkpoint import LABELS, EncoderCheckpoint
 from deploy.encoder_graph import EncoderGraph
+from deploy.encoder_layer_parity import compare_encoder_layers
 from deploy.encoder_parity import check_encoder_parity, parity_batch
 from deploy.errors import ParityError
 from deploy.export import (
@@ -32,6 +34,7 @@ from deploy.export import (
     copy_companions,
     count_domains,
     count_operators,
+    first_departure,
     onnx_config,
     onnx_details,
     save_graph,
@@ -83,10 +86,17 @@ def export_encoder(
             copy_companions(checkpoint_directory, directory)
             progress("checking parity with the torch reference")
             verification = verify_on(target)
+            batch = parity_batch(checkpoint)
             try:
-                parity = check_encoder_parity(checkpoint, directory, parity_batch(checkpoint), form)
+                parity = check_encoder_parity(checkpoint, directory, batch, form)
             except ParityError as error:
-                raise ParityError(f"{error}{saturation_hint(target, verification)}") from error
+                if hint := saturation_hint(target, verification):
+                    raise ParityError(f"{error}{hint}") from error
+                if target is not Target.CPU:
+                    raise
+                progress("looking for the layer that departs")
+                compare = partial(compare_encoder_layers, checkpoint, directory, batch)
+                raise ParityError(f"{error}; {first_departure(compare)}") from error
             counts = count_operators(model), count_domains(model)
             details = onnx_details(checkpoint.manifest, [form], *counts, checkpoint.token_limit)
             if checkpoint.labels is not None:

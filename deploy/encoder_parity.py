@@ -63,6 +63,25 @@ class EncoderParityReport:
     """Relative error of the logits, given the same hidden states; None without a head."""
     head_bound: float | None
 
+    def errors(self) -> list[tuple[str, str, float, float]]:
+        """Return where and what each error is, the error, and its bound."""
+        found = [("graph", "last hidden states", self.hidden_error, self.bound)]
+        if self.head_error is not None and self.head_bound is not None:
+            found.append(("head", "logits", self.head_error, self.head_bound))
+        return found
+
+    def faults(self) -> list[str]:
+        """Return a sentence for each error that exceeds its bound; NaN does."""
+        named = {
+            "graph": "the exported graph departs from the torch reference",
+            "head": "the exported classification head departs from torch's",
+        }
+        return [
+            f"{named[where]}: relative error of the {what} {error:.3g}, expected at most {bound:g}"
+            for where, what, error, bound in self.errors()
+            if not error <= bound
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return asdict(self)
@@ -83,6 +102,23 @@ def check_encoder_parity(
         ParityError: An integer differs, or an error exceeds its bound.
     """
     exact = check_exact_weights(checkpoint, directory, (form,))
+    report = measure_encoder_parity(checkpoint, directory, batch, exact)
+    if faults := report.faults():
+        raise ParityError(f"{'; '.join(faults)}; {EXPORT_FAULT}")
+    return report
+
+
+def measure_encoder_parity(
+    checkpoint: EncoderCheckpoint, directory: Path, batch: Batch, exact_weights: int
+) -> EncoderParityReport:
+    """Measure how far an exported directory is from its checkpoint, whatever comes out.
+
+    Args:
+        checkpoint: What was exported.
+        directory: The export.
+        batch: From `parity_batch`.
+        exact_weights: From `check_exact_weights`.
+    """
     model, names = checkpoint.load_model(), checkpoint.names
     is_text = batch["attention_mask"].astype(bool)
     expected = _hidden_states(model, names.stack, batch)[is_text]
@@ -98,16 +134,14 @@ def check_encoder_parity(
         logits = _head_logits(model, names.stack, batch, found[HIDDEN_NAME])
         difference = np.linalg.norm(found[LOGITS_NAME].astype(np.float64) - logits)
         head_error = float(difference / np.linalg.norm(logits))
-    report = EncoderParityReport(
-        exact_weights=exact,
+    return EncoderParityReport(
+        exact_weights=exact_weights,
         hidden_error=relative_error(found[HIDDEN_NAME][is_text], expected),
         noise_floor=floor,
         bound=max(FLOOR_FACTOR * floor, LEAST_BOUND),
         head_error=head_error,
         head_bound=None if head_error is None else LEAST_BOUND,
     )
-    _hold_to_bounds(report)
-    return report
 
 
 def parity_batch(checkpoint: EncoderCheckpoint) -> Batch:
@@ -135,22 +169,6 @@ def parity_batch(checkpoint: EncoderCheckpoint) -> Batch:
         mask[number, : len(row)] = 1
         types[number, len(row) // 2 : len(row)] = min(1, config.type_vocab_size - 1)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-
-
-def _hold_to_bounds(report: EncoderParityReport) -> None:
-    """Refuse a report whose errors exceed their bounds, and NaN."""
-    if not report.hidden_error <= report.bound:
-        raise ParityError(
-            f"the exported graph departs from the torch reference: relative error of the last "
-            f"hidden states {report.hidden_error:.3g}, expected at most {report.bound:g}; "
-            f"{EXPORT_FAULT}"
-        )
-    error, bound = report.head_error, report.head_bound
-    if error is not None and bound is not None and not error <= bound:
-        raise ParityError(
-            f"the exported classification head departs from torch's: relative error of the logits "
-            f"{error:.3g}, expected at most {bound:g}; {EXPORT_FAULT}"
-        )
 
 
 def _hidden_states(model: PreTrainedModel, stack: str, batch: Batch) -> np.ndarray:

@@ -62,27 +62,21 @@ def _check_graph(
         found = _stored_integers(_content(initializers[key]), linears, form)
         expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
         if not np.array_equal(found, expected):
-            raise ParityError(
-                f"{form.file}: {key}: the exported integers are not the checkpoint's; nothing was "
-                "written"
-            )
+            raise ParityError(f"{form.file}: {key}: the exported integers are not the checkpoint's")
         scales = _content(initializers[f"{key}_scale"]).numpy()
         if form.kernel is Kernel.QDQ:
             scales = scales.T
         expected = np.concatenate([checkpoint.array(f"{fqn}.weight_scale") for fqn in fqns])
         if not np.array_equal(scales.reshape(-1), expected.reshape(-1)):
             raise ParityError(
-                f"{form.file}: {key}_scale: the exported scales are not the checkpoint's; nothing "
-                "was written"
+                f"{form.file}: {key}_scale: the exported scales are not the checkpoint's"
             )
         compared += len(linears)
     quantized = sum(checkpoint.linear(fqn).activation is not None for fqn, _ in alone)
     if not form.head_only:
         _check_embedding(checkpoint, form, initializers)
     if compared != quantized:
-        raise ParityError(
-            f"{form.file} holds {compared} of {quantized} quantized linears; nothing was written"
-        )
+        raise ParityError(f"{form.file} holds {compared} of {quantized} quantized linears")
     return compared
 
 
@@ -100,10 +94,7 @@ def _check_embedding(
         if key not in initializers or not np.array_equal(
             _content(initializers[key]).numpy().reshape(-1), expected.reshape(-1)
         ):
-            raise ParityError(
-                f"{form.file}: {key}: the exported embedding is not the checkpoint's; nothing was "
-                "written"
-            )
+            raise ParityError(f"{form.file}: {key}: the exported embedding is not the checkpoint's")
 
 
 def _content(value: ir.Value) -> ir.TensorProtocol:

@@ -24,7 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from deploy.adapter_files import write_adapter_file
@@ -61,6 +60,7 @@ from deploy.kernels import (
     require_offered,
 )
 from deploy.layer_parity import compare_layers
+from deploy.layer_report import LayerReport
 from deploy.memory import peak_memory_bytes
 from deploy.parity import HALF_PERTURBATION, check_parity, parity_tokens
 from deploy.portable_graph import PortableGraph
@@ -243,10 +243,10 @@ def _check_adapters(
     return reports
 
 
-def _first_departure(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> str:
-    """Say where graphs that failed their check depart, if that can be found out."""
+def first_departure(compare: Callable[[], LayerReport]) -> str:
+    """Say where graphs that failed their check depart, if comparing them can tell."""
     try:
-        return compare_layers(checkpoint, directory, ids).describe_first()
+        return compare().describe_first()
     except RoloraError as error:
         return f"its layers cannot be compared ({error})"
 
@@ -347,7 +347,7 @@ def check_export(
         if target is not Target.CPU:
             raise
         progress("looking for the layer that departs")
-        where = _first_departure(checkpoint, directory, ids)
+        where = first_departure(lambda: compare_layers(checkpoint, directory, ids))
         raise ParityError(f"{error}; {where}") from error
     return {"parity": parity.to_dict(), **checks, "verified_on": verification.to_dict()}
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploy.errors import ParityError
-from deploy.probed_decoder import EMBEDDING, HEAD
+from deploy.graph_probes import EMBEDDING, HEAD
 
 MOST_FLIPS = 1e-3
 """Share of integers that may fall differently for equal inputs."""
@@ -22,7 +22,8 @@ class PartParity:
     """`embedding`, the number of a block, or `head`."""
     phase: str
     part: str
-    """`embedding`, `attention`, `mlp`, `stream` after the block, or the linears of a product."""
+    """`embedding`, `attention`, `mlp`, `stream` after the block, or the linears of a product; of an
+    encoder `mlp` is the block's output."""
     max_abs: float
     relative_error: float
     bound: float

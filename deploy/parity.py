@@ -193,6 +193,13 @@ def float_activation_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarr
     Returns:
         float32 [T, V].
     """
+    with float_activations(model):
+        return torch_logits(model, ids)
+
+
+@contextmanager
+def float_activations(model: nn.Module) -> Iterator[None]:
+    """Let the quantized linears of a model read unquantized inputs inside the block."""
 
     def product(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
         assert isinstance(module, QuantizedLinear)
@@ -204,7 +211,7 @@ def float_activation_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarr
                 # In front of an adapter's hook, which adds to this output.
                 handle = module.register_forward_hook(product, prepend=True)
                 hooks.callback(handle.remove)
-        return torch_logits(model, ids)
+        yield
 
 
 def parity_tokens(checkpoint: Checkpoint) -> np.ndarray:

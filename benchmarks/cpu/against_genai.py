@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from deploy.bench import BenchSettings, decode_rates, prefill_rates
 from deploy.bench_against import Comparison, measure_in_turn
 from deploy.bench_peers import PeerSettings, Runtime, Subject, parse_peers, prepare_peers
+from deploy.bench_report import BenchSettings
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
 from deploy.export import Target, export_onnx
 from deploy.merge_rotate_quantize import merge_rotate_quantize
@@ -48,8 +48,9 @@ def summarize(found: Comparison, ours: list[str]) -> dict[str, Any]:
     """Return medians, spreads and the ratios of each of ours to each model."""
     rates = {
         name: {
-            "prefill": prefill_rates(found.settings, report.runs),
-            "decode": decode_rates(found.settings, report.runs),
+            figure.phase: [figure.of(run[figure.phase]) for run in report.runs]
+            for figure in found.settings.figures
+            if figure.amount is not None
         }
         for name, report in found.reports.items()
     }

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deploy.bench import BenchReport, BenchRun, BenchSettings
 from deploy.bench_against import (
-    COLUMNS,
     Comparison,
     Ratio,
     Worker,
@@ -16,8 +15,12 @@ from deploy.bench_against import (
     measure_in_turn,
 )
 from deploy.bench_peers import PeerSettings, Runtime, Subject
+from deploy.bench_report import BenchReport, BenchSettings
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
+from deploy.torch_worker import open_float_model
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+from tests.deploy.tiny_classifiers import save_encoder
+from tests.deploy.tiny_encoder_artifacts import make_encoder_export
 
 QUICK = BenchSettings(prompt_tokens=6, new_tokens=3, runs=2, threads=1, batch=2)
 
@@ -73,7 +76,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(runs: list[tuple[float, float]]) -> BenchReport:
-    return BenchReport("m", BenchSettings(8, 4, 3), 1.0, tuple(BenchRun(*r) for r in runs), 2, 3)
+    seconds = tuple({"prefill": prefill, "decode": decode} for prefill, decode in runs)
+    return BenchReport("m", BenchSettings(8, 4, 3), 1.0, seconds, 2, 3)
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_a_round() -> None:
@@ -86,7 +90,7 @@ def test_a_ratio_is_the_median_of_the_ratios_within_a_round() -> None:
     assert plain["models"]["peer"]["ours_over_this"]["decode"]["greatest"] == 4.0
     assert list(plain["models"]) == ["ours", "peer"]
     for row in found.rows():
-        assert len(row) == len(COLUMNS)
+        assert len(row) == len(found.columns())
     assert found.rows()[1][-1] == "2.00"
 
 
@@ -96,11 +100,47 @@ def test_models_are_measured_in_turn_in_processes_of_their_own(export: Path) -> 
     found = bench_against(export, QUICK, settings, steps.append)
     ours, peer = found.reports.values()
     assert len(ours.runs) == len(peer.runs) == QUICK.runs
-    assert min(ours.load_s, peer.load_s, ours.decode_tokens_per_s, peer.decode_tokens_per_s) > 0
+    assert min(ours.load_s, peer.load_s, *ours.medians.values(), *peer.medians.values()) > 0
     assert 10_000_000 < ours.peak_rss_bytes < 2_000_000_000
     order = [step.rpartition(" ")[2] for step in steps if step.startswith("round")]
     name = f"genai:{export}"
     assert order == ["ours", name, name, "ours", "ours", name]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_the_float_model_runs_beside_its_export(kind: str, export: Path, tmp_path: Path) -> None:
+    settings = QUICK
+    if kind == "encoder":
+        export = make_encoder_export(save_encoder(tmp_path / "bert"), tmp_path / "onnx", "W8A8")
+        settings = replace(QUICK, new_tokens=None)
+    found = bench_against(export, settings, PeerSettings(("torch",)))
+    ours, peer = found.reports.values()
+    assert len(ours.runs) == len(peer.runs) == QUICK.runs
+    assert list(ours.medians) == list(peer.medians)
+    assert min(*ours.medians.values(), *peer.medians.values(), peer.load_s) > 0
+    assert list(found.ratios("torch")) == list(ours.runs[0]) == list(settings.phases)
+    assert {len(row) for row in found.rows()} == {len(found.columns())}
+    assert peer.file_bytes != ours.file_bytes
+    if kind == "encoder":
+        assert found.columns()[1:4] == ("tokens/s", "texts/s", "batch s")
+        with pytest.raises(ConfigError, match="leave --new-tokens out"):
+            bench_against(export, QUICK, PeerSettings(("torch",)))
+
+
+def test_the_float_model_decodes_over_its_cache_as_a_caller_would(export: Path) -> None:
+    calls: list[tuple[int, bool]] = []
+    with open_float_model(export.parent / "model", QUICK) as run_once:
+        forward = run_once.args[0].forward  # type: ignore[attr-defined]
+
+        def record(**inputs: object) -> object:
+            calls.append((inputs["input_ids"].shape[1], "past_key_values" in inputs))  # type: ignore[attr-defined]
+            result = forward(**inputs)
+            assert result.logits.shape[1] == 1
+            return result
+
+        run_once.args[0].forward = record  # type: ignore[attr-defined]
+        assert list(run_once()) == ["prefill", "decode"]
+    assert calls == [(6, False), (1, True), (1, True), (1, True)]
 
 
 def test_llama_cpp_runs_the_same_shape_of_work(

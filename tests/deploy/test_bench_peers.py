@@ -20,6 +20,8 @@ from deploy.bench_peers import (
 )
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
+from tests.deploy.tiny_classifiers import save_encoder
+from tests.deploy.tiny_encoder_artifacts import make_encoder_export
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,19 @@ def test_a_gguf_of_a_type_is_found_under_the_model(base: Path, tmp_path: Path) -
     file.write_bytes(b"1")
     settings = PeerSettings(("llama.cpp:Q4_0",), str(base / "model"), tmp_path)
     assert prepare_peers(base / "onnx", settings)[0].path == file
+
+
+def test_torch_takes_the_model_as_it_is_and_is_all_that_runs_an_encoder(
+    base: Path, tmp_path: Path
+) -> None:
+    (peer,) = prepare_peers(base / "onnx", PeerSettings(("torch",)))
+    assert (peer.runtime, peer.path) == (Runtime.TORCH, base / "model")
+    assert peer.model_bytes == (base / "model" / "model.safetensors").stat().st_size
+    encoder = make_encoder_export(save_encoder(tmp_path / "bert"), tmp_path / "onnx", "W8A8")
+    (peer,) = prepare_peers(encoder, PeerSettings(("torch",)))
+    assert peer.path == tmp_path / "bert"
+    with pytest.raises(ConfigError, match=r"genai-int4,llama.cpp:Q8_0: .*holds an encoder.*torch"):
+        prepare_peers(encoder, PeerSettings(("genai-int4", "torch", "llama.cpp:Q8_0")))
 
 
 def test_peers_are_kept_where_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import onnxruntime as ort
 import pytest
 
 from deploy.artifact import hash_file, verify_files
-from deploy.bench import BenchSettings, bench_onnx
+from deploy.bench import bench_onnx
+from deploy.bench_report import BenchSettings
 from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ParityError, UnsupportedModelError
 from deploy.exact_weights import check_exact_weights
@@ -165,7 +166,7 @@ def test_bench_evaluate_and_the_example_take_a_directory_with_phases(
     exports: dict[str, Path],
 ) -> None:
     settings = BenchSettings(prompt_tokens=8, new_tokens=4, runs=1, threads=1)
-    assert bench_onnx(exports["W4A8"], settings).decode_tokens_per_s > 0
+    assert bench_onnx(exports["W4A8"], settings).medians["decode_tokens_per_s"] > 0
     opened = open_language_model(str(exports["W4A8"]), threads=1)
     assert opened.model.logits(IDS).shape == (64, 262)
     script = Path(__file__).parents[2] / "examples" / "generate.py"
