@@ -142,7 +142,8 @@ def profile_onnx(
     """
     settings = report.settings
     new_tokens = settings.new_tokens
-    assert settings.threads is not None and new_tokens is not None
+    assert settings.threads is not None
+    assert new_tokens is not None
     progress("measuring the machine's limits")
     limits = measure_limits(settings.threads)
     progress("recording")
