@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import DecoderSource, decoder_parts
 from deploy.errors import ConfigError
 from deploy.memory import release_free_memory
-from rolora.equalization import Equalization
+from rolora.equalization import Equalization, louder_noise
 from rolora.equalization_walk import EqualizationWalk
 
 
 def measure_equalization(
     source: DecoderSource,
-    reference: str,
+    settings: CheckpointSettings,
     batches: list[dict[str, Tensor]],
     progress: Callable[[str], None] = lambda step: None,
 ) -> Equalization:
@@ -23,7 +24,7 @@ def measure_equalization(
 
     Args:
         source: Begun without a rotation.
-        reference: What the user calls the model, for messages.
+        settings: What comes behind it.
         batches: Calibration text, at least one.
         progress: Called with a line for each step.
 
@@ -33,7 +34,7 @@ def measure_equalization(
     names = source.names
     progress("measuring how loud each channel is")
     try:
-        walk = EqualizationWalk(source.loaded.model, names, batches)
+        walk = EqualizationWalk(source.loaded.model, names, batches, louder_noise(settings.recipe))
         embedding, *blocks, head = decoder_parts(names)
         walk.begin(source.rows(embedding))
         for part, block in zip(blocks, names.blocks, strict=True):
@@ -45,4 +46,4 @@ def measure_equalization(
         walk.measure_head(source.rows(head))
         return walk.result()
     except ValueError as error:
-        raise ConfigError(f"{reference}: cannot be equalized: {error}") from error
+        raise ConfigError(f"{settings.model}: cannot be equalized: {error}") from error

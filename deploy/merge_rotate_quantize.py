@@ -126,7 +126,7 @@ def merge_rotate_quantize(
             scales = Equalization.from_tensors(store.states()) if finished else None
             if scales is None:
                 source.begin(None, lambda: batches, progress)
-                scales = measure_equalization(source, settings.model, batches, progress)
+                scales = measure_equalization(source, settings, batches, progress)
             plan = plan.with_equalization(scales)
         source.begin(plan, lambda: batches or _calibration(source, settings), progress)
         planned = _plan(source, settings, batches, progress)

@@ -10,8 +10,18 @@ which is least, by the inequality of Cauchy and Schwarz, for
 
     s_i = (M_ii / C_ii)^(1/4).
 
-The noise that rounding weights adds has the same form. So the scales sit where they cost nothing,
-in a norm's gain or in the rows of a linear, and a rotation behind them spreads what is left over::
+Rounding weights to nearest adds noise of the same form. GPTQ shapes it: with the factors L D L^T of
+the rotated moments it leaves tr(D) tr(S^-1 M S^-1) / K (arXiv:2307.13304, theorem 1). The product
+of D is det(S)^2 det(C) in every basis; where its entries are equal, as they are at best, the noise
+is least for
+
+    s_i = M_ii^(1/2),
+
+all columns of the weights then having one norm. Measured on SmolLM2-135M at W4A8, the divergence
+from the float model is 0.109 by the first rule, 0.105 half way between, 0.099 by the second.
+
+The scales sit where they cost nothing, in a norm's gain or in the rows of a linear, and a rotation
+behind them spreads what is left over::
 
     attention   gain of the attention norm    undone by q, k, v
     value       rows of v                     undone by o, in all query heads that share a v head
@@ -25,13 +35,14 @@ perplexity from 1.65 to 1.22 times the float model's.
 
 Sources: scaling between neighbours is that of data-free quantization (arXiv:1906.04721) and
 SmoothQuant (2211.10438), with ranges; invertible transforms learned for 4 bits are FlatQuant's
-(2410.09426). The closed form above is derived here.
+(2410.09426). The closed forms above are derived here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -39,11 +50,29 @@ from transformers import PreTrainedModel
 
 from rolora.decoder import BlockNames, DecoderNames
 from rolora.fold import norms_and_readers, row_chunks
+from rolora.scheme import QuantizationRecipe, WeightMethod
 
 FIELDS = ("attention", "value", "mlp", "down", "head")
 """Of `Equalization`, in the order in which data meets them."""
 KEYS = tuple(f"equalization.{name}" for name in FIELDS)
 """Their names among other tensors."""
+
+
+class Noise(Enum):
+    """What is to be least; the powers of M_ii and of 1 / C_ii in the scales."""
+
+    OF_INPUTS = (1 / 4, 1 / 4)
+    """Rounded inputs, and weights rounded to nearest."""
+    OF_WEIGHTS = (1 / 2, 0.0)
+    """Weights rounded by GPTQ."""
+
+
+def louder_noise(recipe: QuantizationRecipe | None) -> Noise:
+    """Return what costs a model more: by GPTQ, weights of fewer bits than their inputs."""
+    if recipe is None or recipe.weights is not WeightMethod.GPTQ:
+        return Noise.OF_INPUTS
+    scheme = recipe.scheme
+    return Noise.OF_WEIGHTS if scheme.weight_bits < scheme.activation_bits else Noise.OF_INPUTS
 
 
 @dataclass(frozen=True, eq=False)

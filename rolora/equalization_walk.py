@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rolora.block_stream import BlockStream, KnownRows, rows_of, rows_of_tokens, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
-from rolora.equalization import FIELDS, Equalization
+from rolora.equalization import FIELDS, Equalization, Noise
 from rolora.fold import norm_gain, row_chunks
 
 SMALLEST_SHARE = 1e-6
@@ -24,6 +24,7 @@ class EqualizationWalk:
         model: Merged, neither folded nor rotated, its head untied.
         names: Its parts.
         batches: Forward-pass batches with `input_ids`, at least one.
+        noise: What the scales make least.
 
     Raises:
         ValueError: There are no batches.
@@ -34,10 +35,12 @@ class EqualizationWalk:
         model: PreTrainedModel,
         names: DecoderNames,
         batches: Sequence[Mapping[str, Tensor]],
+        noise: Noise = Noise.OF_INPUTS,
     ) -> None:
         if not batches:
             raise ValueError("equalization: expected calibration text, got none")
         self._model, self._names, self._batches = model, names, batches
+        self._noise = noise
         self._stream: BlockStream | None = None
         self._scales: dict[str, list[Tensor]] = {name: [] for name in FIELDS}
 
@@ -68,7 +71,7 @@ class EqualizationWalk:
             if name == "value":
                 inputs, columns = (_by_value(each, self._names) for each in (inputs, columns))
             gain = None if norm is None else norm_gain(self._model, self._names, norm)
-            self._scales[name].append(_scales(readers[0], inputs, columns, gain))
+            self._scales[name].append(_scales(readers[0], inputs, columns, gain, self._noise))
 
     def measure_head(self, rows: Iterable[Tensor]) -> None:
         """Find the scales of the head.
@@ -83,7 +86,8 @@ class EqualizationWalk:
         with torch.inference_mode():
             inputs = _energy(rows_of(norm(state)) for state in self._stream.states)
         gain = norm_gain(self._model, self._names, self._names.final_norm)
-        self._scales["head"].append(_scales(self._names.head, inputs, columns, gain))
+        scales = _scales(self._names.head, inputs, columns, gain, self._noise)
+        self._scales["head"].append(scales)
 
     def result(self) -> Equalization:
         """Return the scales of all parts."""
@@ -101,14 +105,15 @@ def _energy(matrices: Iterable[Tensor]) -> Tensor:
     return torch.stack([each.double().square().sum(0) for each in matrices]).sum(0)
 
 
-def _scales(fqn: str, inputs: Tensor, columns: Tensor, gain: Tensor | None) -> Tensor:
-    """Return (M_ii / C_ii)^(1/4) of folded weights and inputs, their geometric mean 1.
+def _scales(fqn: str, inputs: Tensor, columns: Tensor, gain: Tensor | None, noise: Noise) -> Tensor:
+    """Return the powers of M_ii and C_ii of folded weights and inputs, their geometric mean 1.
 
     Args:
         fqn: For messages.
         inputs: Energy of each channel in front of the linear, float64 [K].
         columns: Of the weights' columns, float64 [K].
         gain: Of the norm in front, not folded yet.
+        noise: Gives the powers.
     """
     for name, each in (("inputs", inputs), ("weights", columns)):
         if not bool(torch.isfinite(each).all()):
@@ -117,8 +122,8 @@ def _scales(fqn: str, inputs: Tensor, columns: Tensor, gain: Tensor | None) -> T
         squares = gain.square()
         inputs = torch.where(squares > 0, inputs / squares, inputs.new_zeros(()))
         columns = columns * squares
-    fourth = _floored(columns) / _floored(inputs)
-    scales = fourth.sqrt().sqrt()
+    of_columns, of_inputs = noise.value
+    scales = _floored(columns).pow(of_columns) / _floored(inputs).pow(of_inputs)
     return scales / scales.log().mean().exp()
 
 

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rolora.equalization import FIELDS, Equalization, equalize_model, scale_delta
+from rolora.equalization import (
+    FIELDS,
+    Equalization,
+    Noise,
+    equalize_model,
+    louder_noise,
+    scale_delta,
+)
 from rolora.equalization_walk import EqualizationWalk
 from rolora.fold import fold_norm_gains, norm_gain, untie_head
 from rolora.fuse import (
@@ -31,6 +38,7 @@ from rolora.rotation import (
     Side,
     applications,
 )
+from rolora.scheme import QuantizationRecipe, Scheme, WeightMethod
 
 MakeDecoder = Callable[..., Any]
 NOTICED = 1e-3
@@ -140,26 +148,51 @@ positive = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
-@given(positive, positive, st.integers(0, 1000))
-def test_no_other_scales_make_less_noise(first: Any, second: Any, seed: int) -> None:
+@given(positive, positive, st.sampled_from(Noise), st.integers(0, 1000))
+def test_no_other_scales_make_less_noise(first: Any, second: Any, kind: Noise, seed: int) -> None:
     size = min(len(first), len(second))
     loud, sensitive = (
         torch.tensor(each[:size], dtype=torch.float64) for each in (first, second)
     )  # diagonals of C and M
 
     def noise(scales: Tensor) -> float:
-        return float((loud * scales.square()).sum() * (sensitive / scales.square()).sum())
+        inputs = loud * scales.square()
+        size = inputs.sum() if kind is Noise.OF_INPUTS else inputs.log().mean().exp()
+        return float(size * (sensitive / scales.square()).sum())
 
-    best = (sensitive / loud).pow(0.25)
+    of_columns, of_inputs = kind.value
+    best = sensitive.pow(of_columns) / loud.pow(of_inputs)
     generator = torch.Generator().manual_seed(seed)
     other = best * torch.randn(size, generator=generator, dtype=torch.float64).exp()
     assert noise(best) <= noise(other) * (1 + 1e-12)
-    assert noise(best) == pytest.approx(float((loud * sensitive).sqrt().sum()) ** 2)
+    if kind is Noise.OF_INPUTS:
+        assert noise(best) == pytest.approx(float((loud * sensitive).sqrt().sum()) ** 2)
 
 
-def measured(decoder: Any) -> Equalization:
+@pytest.mark.parametrize(
+    ("scheme", "weights", "expected"),
+    [
+        ("W4A8", WeightMethod.GPTQ, Noise.OF_WEIGHTS),
+        ("W4A16", WeightMethod.GPTQ, Noise.OF_WEIGHTS),
+        ("W4A8", WeightMethod.RTN, Noise.OF_INPUTS),
+        ("W4A4", WeightMethod.GPTQ, Noise.OF_INPUTS),
+        ("W8A8", WeightMethod.GPTQ, Noise.OF_INPUTS),
+        ("W8A4", WeightMethod.GPTQ, Noise.OF_INPUTS),
+    ],
+)
+def test_the_noise_that_costs_more_is_kept_least(
+    scheme: str, weights: WeightMethod, expected: Noise
+) -> None:
+    assert louder_noise(QuantizationRecipe(Scheme.parse(scheme), weights=weights)) is expected
+
+
+def test_a_float_model_has_the_scales_of_inputs() -> None:
+    assert louder_noise(None) is Noise.OF_INPUTS
+
+
+def measured(decoder: Any, noise: Noise = Noise.OF_INPUTS) -> Equalization:
     untie_head(decoder.model, decoder.names)
-    walk = EqualizationWalk(decoder.model, decoder.names, IDS)
+    walk = EqualizationWalk(decoder.model, decoder.names, IDS, noise)
     model, names = decoder.model, decoder.names
     walk.begin(model.get_parameter(f"{names.embedding}.weight").detach().split(20))
     for block in names.blocks:
@@ -168,8 +201,9 @@ def measured(decoder: Any) -> Equalization:
     return walk.result()
 
 
+@pytest.mark.parametrize("noise", Noise)
 def test_the_walk_measures_what_a_forward_pass_of_the_whole_model_shows(
-    make_decoder: MakeDecoder, model_type: str
+    make_decoder: MakeDecoder, model_type: str, noise: Noise
 ) -> None:
     decoder = make_decoder(model_type)
     model, names = decoder.model, decoder.names
@@ -201,10 +235,11 @@ def test_the_walk_measures_what_a_forward_pass_of_the_whole_model_shows(
                 each.reshape(heads, -1, names.head_dim).sum(1).flatten()
                 for each in (loud, sensitive)
             )
-        scales = (sensitive / loud).pow(0.25)
+        of_columns, of_inputs = noise.value
+        scales = sensitive.pow(of_columns) / loud.pow(of_inputs)
         return (scales / scales.log().mean().exp()).detach()
 
-    found = measured(decoder)
+    found = measured(decoder, noise)
     found.require_sizes(names)
     for layer, block in enumerate(names.blocks):
         qkv = (block.query, block.key, block.value)
