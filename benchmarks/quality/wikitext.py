@@ -95,6 +95,13 @@ CASES = (
     Case("w6a6-unscaled", "W6A6", weights="gptq", equalize=False),
     Case("w8a8-scaled", "W8A8", weights="gptq", equalize=True),
     Case("w4a8-scaled", "W4A8", weights="gptq", equalize=True),
+    Case(
+        "w4a8-tables-scaled",
+        "W4A8",
+        weights="gptq",
+        options={"embedding_bits": 4, "head_bits": 4},
+        equalize=True,
+    ),
     Case("w8a8-dynamic", "W8A8", weights="gptq", options={"static": False}),
     Case("w8a8-head16", "W8A8", weights="gptq", overrides=("head=A16",)),
 )
