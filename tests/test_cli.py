@@ -195,8 +195,8 @@ def test_the_stages_run_from_the_command_line_with_json(
 def test_an_export_beyond_its_bounds_is_shown_and_ends_with_six(
     terminal: Terminal, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy.layer_parity.LEAST_BOUND", 0.0)
-    monkeypatch.setattr("deploy.layer_parity.FLOOR_FACTOR", 0.0)
+    monkeypatch.setattr("deploy.part_parity.LEAST_BOUND", 0.0)
+    monkeypatch.setattr("deploy.part_parity.FLOOR_FACTOR", 0.0)
     result = terminal(
         *("parity", "--model", base / "onnx", "--checkpoint", base / "checkpoint", "--json")
     )
