@@ -220,12 +220,13 @@ class _Source:
             return located.path
         output = directory / "float32"
         if not output.is_dir():
-            from deploy.loading import load_model, save_tokenizer
+            from deploy.loading import load_model, quiet_transformers, save_tokenizer
 
             self._progress("writing the peers' model in float32")
             loaded = load_model(self._model)
             with staged_directory(output) as partial:
-                loaded.model.save_pretrained(partial)
+                with quiet_transformers():
+                    loaded.model.save_pretrained(partial)
                 save_tokenizer(loaded, partial)
         return output
 

@@ -30,6 +30,7 @@ from deploy.session import (
     GRAPH_NAME,
     HEAD_NAME,
     PROMPT_NAME,
+    SEQUENCES_FOR_PROMPT_GRAPH,
     TOKEN_NAME,
     OnnxDecoder,
 )
@@ -124,6 +125,26 @@ def test_single_tokens_run_on_the_token_graph_over_the_same_cache(exports: dict[
     assert relative_error(found[60:], whole[60:]) < 0.05
     swapped = np.concatenate([whole[41:61], whole[40:41]])
     assert relative_error(swapped[:20], whole[40:60]) > 0.3, "the bound tells positions apart"
+
+
+@pytest.mark.parametrize(
+    ("batch", "integer"),
+    [(SEQUENCES_FOR_PROMPT_GRAPH - 1, False), (SEQUENCES_FOR_PROMPT_GRAPH, True)],
+)
+def test_many_sequences_go_on_in_integers(
+    batch: int, integer: bool, exports: dict[str, Path]
+) -> None:
+    rows = np.stack([np.roll(IDS, row)[:20] for row in range(batch)])
+    steps = []
+    for name in ("W4A8", "W4A8-integer"):
+        with OnnxDecoder(exports[name], threads=1) as decoder:
+            decoder.start(capacity=20, batch=batch)
+            decoder.append(rows[:, :12], last_only=True)
+            steps.append([decoder.append(rows[:, i : i + 1]) for i in range(12, 20)])
+    phased, whole = (np.concatenate(each)[:, 0] for each in steps)
+    assert phased.shape == (8 * batch, 262)
+    assert relative_error(phased, whole) < (1e-5 if integer else 0.05)
+    assert integer or relative_error(phased, whole) > 1e-4, "the token graph is another kernel"
 
 
 @pytest.mark.parametrize(("scheme", "name"), [("W8A8", GRAPH_NAME), ("W4A8", PROMPT_NAME)])
