@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from deploy.errors import ArtifactError
 from deploy.linear_ops import packed_name
-from rolora.blocks import Block
+from rolora.blocks import Block, readers_by_linear
 from rolora.decoder import DecoderNames
 from rolora.encoder import EncoderNames
 
@@ -79,13 +79,13 @@ def find_decoder_probes(graph: onnx.GraphProto, names: DecoderNames) -> Probes:
     first = _required(nodes, f"{names.blocks[0].attention_norm}/SimplifiedLayerNormalization")
     streams = {EMBEDDING: first.input[0]}
     following = [*(block.attention_norm for block in names.blocks[1:]), names.final_norm]
-    linears = []
+    linears, readers = [], readers_by_linear(names)
     for layer, (block, next_norm) in enumerate(zip(names.blocks, following, strict=True)):
         for part, norm in ((ATTENTION, block.mlp_norm), (MLP, next_norm)):
             node = _required(nodes, f"{norm}/SkipSimplifiedLayerNormalization")
             streams[f"{layer}.{part}"] = node.input[1]
         for fqns in _products(nodes, block):
-            name, reader = _name_and_reader(block, fqns)
+            name, reader = _product_name(block, fqns), readers[fqns[0]][0]
             part = ", ".join(fqn.rpartition(".")[2] for fqn in fqns)
             linears.append(_linear(nodes, str(layer), part, fqns, name, reader))
     head = names.head
@@ -101,11 +101,11 @@ def find_encoder_probes(graph: onnx.GraphProto, names: EncoderNames) -> Probes:
     """
     nodes = {node.name: node for node in graph.node}
     norms = {EMBEDDING: names.embedding_norm}
-    linears = []
+    linears, readers = [], readers_by_linear(names)
     for layer, block in enumerate(names.blocks):
         norms |= {f"{layer}.{ATTENTION}": block.attention_norm, f"{layer}.{MLP}": block.mlp_norm}
         for fqns in _products(nodes, block):
-            name, reader = _name_and_reader(block, fqns)
+            name, reader = _product_name(block, fqns), readers[fqns[0]][0]
             part = ", ".join(fqn.removeprefix(f"{block.fqn}.") for fqn in fqns)
             linears.append(_linear(nodes, str(layer), part, fqns, name, reader, with_bias=False))
     streams = {
@@ -124,10 +124,9 @@ def _products(nodes: dict[str, onnx.NodeProto], block: Block) -> Iterator[tuple[
     yield from ((fqn,) for fqn in block.linears()[3:])
 
 
-def _name_and_reader(block: Block, fqns: tuple[str, ...]) -> tuple[str, str]:
-    """Return how a product is called, and the first of the linears that share its input."""
-    readers = next(group for group in block.shared_inputs() if fqns[0] in group)
-    return fqns[0] if len(fqns) == 1 else packed_name(block), readers[0]
+def _product_name(block: Block, fqns: tuple[str, ...]) -> str:
+    """Return how a product is called."""
+    return fqns[0] if len(fqns) == 1 else packed_name(block)
 
 
 def _linear(
