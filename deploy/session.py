@@ -149,9 +149,14 @@ class OnnxDecoder:
             Files of JSON, a list of events in the format of Chrome's trace viewer.
         """
         prompt = Path(self._prompt.end_profiling())
-        if self._token is self._prompt:
+        if self._single is self._prompt:
             return prompt, prompt
-        return prompt, Path(self._token.end_profiling())
+        return prompt, Path(self._single.end_profiling())
+
+    @property
+    def _single(self) -> ort.InferenceSession:
+        """The graph that takes the next token of each of the sequences."""
+        return self._token if self._batch < SEQUENCES_FOR_PROMPT_GRAPH else self._prompt
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -162,7 +167,7 @@ class OnnxDecoder:
     @property
     def graph_files(self) -> tuple[Path, Path]:
         """The graph that takes prompts and the one that takes single tokens."""
-        token = self._prompt_name if self._token is self._prompt else TOKEN_NAME
+        token = self._prompt_name if self._single is self._prompt else TOKEN_NAME
         return self._directory / self._prompt_name, self._directory / token
 
     def close(self) -> None:
@@ -246,8 +251,7 @@ class OnnxDecoder:
         if self._shares_buffer:  # what follows a padded prompt takes the padding's place
             mask = np.arange(held + count) < self._lengths[:, None]
         if count == 1:
-            single = self._token if batch < SEQUENCES_FOR_PROMPT_GRAPH else self._prompt
-            return self._run(single, ids, mask, "logits")
+            return self._run(self._single, ids, mask, "logits")
         if last_only or not self._last_logits:
             logits = self._run(self._prompt, ids, mask, "logits")
             if last_only and logits.shape[1] > 1:  # a graph may compute no others

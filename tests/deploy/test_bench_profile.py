@@ -26,6 +26,7 @@ from deploy.operator_trace import (
     split_phases,
     weight_bytes,
 )
+from deploy.session import SEQUENCES_FOR_PROMPT_GRAPH
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
 
@@ -115,6 +116,17 @@ def test_an_export_is_recorded(scheme: str, exports: dict[str, Path]) -> None:
     plain = json.loads(json.dumps(profile.to_dict()))
     assert plain["decode"]["share_of_limit"] == profile.decode.share_of_limit
     assert len(profile.rows()) == 4
+
+
+def test_many_sequences_are_recorded_on_the_graph_that_they_go_on_in(
+    exports: dict[str, Path],
+) -> None:
+    batch = SEQUENCES_FOR_PROMPT_GRAPH
+    settings = BenchSettings(prompt_tokens=20, new_tokens=5, runs=2, threads=1, batch=batch)
+    profile = profile_onnx(exports["W4A8"], bench_onnx(exports["W4A8"], settings))
+    kernels = {op.operator: op.nodes for op in profile.decode.operators}
+    assert kernels["MatMulIntegerToFloat"] == 2 * 5 + 1
+    assert "MatMulNBits" not in kernels
 
 
 def head_rows(profile: Any) -> int:
