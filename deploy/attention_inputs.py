@@ -16,6 +16,18 @@ from deploy.graph_builder import GraphBuilder
 
 
 @dataclass(frozen=True)
+class NewTokens:
+    """Where the new tokens of each sequence stand."""
+
+    first: ir.Value
+    """int64 [B]: position of the first one."""
+    positions: ir.Value
+    """int64 [B, S]: those of all."""
+    held: ir.Value
+    """int64 [1]: how many columns of the cache the longest sequence had filled before."""
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
     """Values that every attention layer shares."""
 
@@ -29,8 +41,8 @@ class AttentionInputs:
     """`total` as int32."""
     rotary: Mapping[str | None, tuple[ir.Value, ir.Value]]
     """cos and sin of each rotary embedding, by `LayerAttention.rope`."""
-    positions: ir.Value | None
-    """int64 [B, S] of the new tokens, where the rotary embedding is a node of its own."""
+    new_tokens: NewTokens | None
+    """Where the rotary embedding is a node of its own."""
 
 
 def attention_inputs(
@@ -46,7 +58,7 @@ def attention_inputs(
         graph: Receives the nodes.
         mask: int64 [B, past + S].
         config: Of the model.
-        input_ids: int64 [B, S], if the positions of the new tokens are needed.
+        input_ids: int64 [B, S], if `new_tokens` is needed.
         dtype: Of the table.
     """
     lengths = graph.value(
@@ -74,11 +86,13 @@ def attention_inputs(
         seqlens_k,
         total_length,
         rotary,
-        None if input_ids is None else _positions(graph, input_ids, last),
+        None if input_ids is None else _new_tokens(graph, input_ids, last, total),
     )
 
 
-def _positions(graph: GraphBuilder, input_ids: ir.Value, last: ir.Value) -> ir.Value:
+def _new_tokens(
+    graph: GraphBuilder, input_ids: ir.Value, last: ir.Value, total: ir.Value
+) -> NewTokens:
     """Count from the first new token of each sequence; a prompt starts at 0, padded or not."""
     zero, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
     shape = graph.value("Shape", [input_ids], "positions/Shape")
@@ -88,8 +102,12 @@ def _positions(graph: GraphBuilder, input_ids: ir.Value, last: ir.Value) -> ir.V
     first = graph.value("Sub", [end, count], "positions/Sub")
     first = graph.value("Max", [first, zero], "positions/Max")
     column = graph.constant(np.array([1], np.int64))
-    first = graph.value("Unsqueeze", [first, column], "positions/Unsqueeze")
-    return graph.value("Add", [first, offsets], "positions/Add")
+    by_sequence = graph.value("Unsqueeze", [first, column], "positions/Unsqueeze")
+    positions = graph.value("Add", [by_sequence, offsets], "positions/Add")
+    held = graph.value("Sub", [total, count], "positions/held/Sub")
+    axis = graph.constant(np.array([0], np.int64))
+    held = graph.value("Unsqueeze", [held, axis], "positions/held/Unsqueeze")
+    return NewTokens(first, positions, held)
 
 
 def last_hidden(

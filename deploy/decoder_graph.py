@@ -19,7 +19,7 @@ import onnx_ir as ir
 from deploy.adapter_ops import adapter_branch
 from deploy.architecture import QueryKeyNorms, qk_norms
 from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
-from deploy.attention_ops import attention_node, cache_dtype, has_rotation_nodes
+from deploy.attention_ops import attention_node, cache_dtype, has_rotary_nodes
 from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_ops import CheckpointOps
 from deploy.conventions import LayerAttention, conventions, rotary_size
@@ -128,7 +128,7 @@ class DecoderGraph:
 
     def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value) -> None:
         """Add what all attention layers share."""
-        rotates = has_rotation_nodes(self.checkpoint)
+        rotates = has_rotary_nodes(self.checkpoint, in_float=self.form.float_attention)
         self._shared: AttentionInputs = attention_inputs(
             self.graph,
             mask,
@@ -247,7 +247,16 @@ class DecoderGraph:
         layer: LayerAttention,
     ) -> tuple[ir.Value, ...]:
         """Add attention itself; `attention_node` says what goes in and comes out."""
-        return attention_node(self.graph, self.checkpoint, block, heads, past, self._shared, layer)
+        return attention_node(
+            self.graph,
+            self.checkpoint,
+            block,
+            heads,
+            past,
+            self._shared,
+            layer,
+            in_float=self.form.float_attention,
+        )
 
     def _head_norm(self, fqn: str, x: ir.Value, heads: int) -> ir.Value:
         """Normalize each head of [B, S, heads * head_dim] (qwen3)."""

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 OPSET = 21
+LATER_OPERATORS = {"TensorScatter": 24}
+"""Operators that came after that opset: a graph with one is of the opset that brought it."""
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 
@@ -144,12 +146,13 @@ class GraphBuilder:
             outputs: Graph outputs, typed and named.
         """
         domains = {node.domain for node in self._nodes} - {""}
+        opset = max(LATER_OPERATORS.get(node.op_type, OPSET) for node in self._nodes)
         graph = ir.Graph(
             [*inputs, *self._optional_inputs],
             outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET} | dict.fromkeys(sorted(domains), 1),
+            opset_imports={"": opset} | dict.fromkeys(sorted(domains), 1),
             name=self._name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="rolora")

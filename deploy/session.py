@@ -1,8 +1,8 @@
 """An exported decoder in plain ONNX Runtime: whole windows, or step by step over a cache.
 
 Where the directory has a graph for prompts and one for single tokens, each runs on what it is for,
-and the first also on the next tokens of many sequences; both read and append to one cache. The head
-over every position of a prompt is loaded when it is first asked for.
+and the first also on the next tokens of many sequences where the cache is in float; both read and
+append to one cache. The head over every position of a prompt is loaded when it is first asked for.
 
 Past and present of a layer are one buffer, bound as input and as output, as ONNX Runtime GenAI does
 it: the attention operator then appends in place instead of copying the cache at every token. A
@@ -47,7 +47,8 @@ CACHE_DTYPES = {"tensor(int8)": np.int8, "tensor(float16)": np.float16}
 SEQUENCES_FOR_PROMPT_GRAPH = 4
 """From so many on, their next tokens run faster on the graph for prompts: integer products gain on
 MatMulNBits with every row. SmolLM2-135M at W4A8, 2 threads: 0.80 of the token graph's speed with
-one sequence, 0.96 with 3, 1.06 with 4, 1.33 with 16."""
+one sequence, 0.96 with 3, 1.06 with 4, 1.33 with 16. Not over a cache of 8 bits, all of which the
+graph for prompts makes float32: there it has 0.58 of the speed with 16."""
 
 
 class OnnxDecoder:
@@ -156,7 +157,8 @@ class OnnxDecoder:
     @property
     def _single(self) -> ort.InferenceSession:
         """The graph that takes the next token of each of the sequences."""
-        return self._token if self._batch < SEQUENCES_FOR_PROMPT_GRAPH else self._prompt
+        few = self._batch < SEQUENCES_FOR_PROMPT_GRAPH or self._cache_dtype == np.int8
+        return self._token if few else self._prompt
 
     @property
     def cache_bytes_per_token(self) -> int:
