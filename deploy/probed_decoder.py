@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from deploy.graph_probes import Probes, find_decoder_probes, open_probed
-from deploy.session import OnnxDecoder
+from deploy.session import OnnxDecoder, feed
 from rolora.decoder import DecoderNames
 
 
@@ -46,8 +46,8 @@ class ProbedDecoder(OnnxDecoder):
         """Run a graph as its base does, and keep what it gives out besides."""
         probes = self.probes[id(session)]
         wanted = probes.values()
-        binding = session.io_binding()
-        self._bind(binding, ids, mask)
+        binding = self._bind(session)
+        feed(binding, ids, mask)
         for name in [*wanted, *([] if output in wanted else [output])]:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
