@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear, slabs
 from deploy.graph_builder import GraphBuilder
 
 BLOCK_SIZES = (128, 64, 32, 16)
@@ -77,20 +77,24 @@ def pack_blocks(
     checkpoint: AnyCheckpoint, linears: list[StoredLinear], layout: BlockedLayout
 ) -> np.ndarray:
     """Read the integers of linears and lay them out, uint8 of the layout's shape."""
-    if layout.bits == 4 and layout.columns == layout.blocks * layout.block_size:
-        stored = [checkpoint.array(f"{linear.fqn}.weight") for linear in linears]
-        return np.ascontiguousarray(np.concatenate(stored).reshape(layout.shape))
     width = layout.blocks * layout.block_size
-    packed = np.full((layout.rows, width), layout.zero_point, dtype=np.uint8)
+    filled = width != layout.columns
+    packed = np.empty((layout.rows, width * layout.bits // 8), np.uint8)
     row = 0
     for linear in linears:
-        integers = checkpoint.integers(linear).view(np.uint8) + np.uint8(layout.zero_point)
-        packed[row : row + len(integers), : layout.columns] = integers
-        row += len(integers)
-    if layout.bits == 8:
-        return packed.reshape(layout.shape)
-    nibbles: np.ndarray = packed[:, 0::2] | (packed[:, 1::2] << 4)
-    return nibbles.reshape(layout.shape)
+        for some in slabs(linear.out_features, layout.columns):
+            place = packed[row + some.start : row + some.stop]
+            if layout.bits == 4 and not filled:  # the checkpoint's own bytes
+                place[:] = checkpoint.part(f"{linear.fqn}.weight", some)
+                continue
+            shifted = checkpoint.integer_rows(linear, some).view(np.uint8)
+            shifted = shifted + np.uint8(layout.zero_point)
+            if filled:
+                missing = ((0, 0), (0, width - layout.columns))
+                shifted = np.pad(shifted, missing, constant_values=layout.zero_point)
+            place[:] = shifted if layout.bits == 8 else shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+        row += linear.out_features
+    return packed.reshape(layout.shape)
 
 
 def unpack_blocks(stored: np.ndarray, layout: BlockedLayout) -> np.ndarray:

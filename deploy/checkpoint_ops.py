@@ -36,7 +36,7 @@ class CheckpointOps:
         dtype = dtypes[None if spec is None else spec.bits]
 
         def read() -> ir.TensorProtocol:
-            return ir.tensor(checkpoint.array(f"{key}.weight").astype(dtype.numpy()))
+            return ir.tensor(checkpoint.array(f"{key}.weight").astype(dtype.numpy(), copy=False))
 
         table = graph.lazy_weight(f"{key}.weight", dtype, checkpoint.shape(f"{key}.weight"), read)
         if spec is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,9 @@ from rolora.packing import unpack_int4
 from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
 WEIGHTS_NAME = "model.safetensors"
+ALL = slice(None)
+SLAB = 4_000_000
+"""Elements of a large matrix that are read at a time."""
 Names = TypeVar("Names", bound=BlockStack, covariant=True)
 
 
@@ -113,6 +116,16 @@ class CheckpointReader(Generic[Names]):
         array: np.ndarray = self._tensors.get_tensor(key)
         return array
 
+    def part(self, key: str, rows: slice, columns: slice = ALL) -> np.ndarray:
+        """Read a part of a matrix as stored, without the rest of it.
+
+        Raises:
+            ArtifactError: There is no such tensor.
+        """
+        self._require(key)
+        array: np.ndarray = self._tensors.get_slice(key)[rows, columns]
+        return array
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the stored shape of a tensor without reading it.
 
@@ -162,7 +175,19 @@ class CheckpointReader(Generic[Names]):
 
     def integers(self, linear: StoredLinear) -> np.ndarray:
         """Read the integers of a quantized linear, int8 [out, in], unpacked."""
-        stored = self.array(f"{linear.fqn}.weight")
+        return self._unpacked(linear, self.array(f"{linear.fqn}.weight"))
+
+    def integer_rows(self, linear: StoredLinear, rows: slice) -> np.ndarray:
+        """Read some rows of `integers`, int8 [rows, in]."""
+        return self._unpacked(linear, self.part(f"{linear.fqn}.weight", rows))
+
+    def integer_columns(self, linear: StoredLinear, columns: slice) -> np.ndarray:
+        """Read some columns of `integers`, int8 [out, columns]; of 4 bits from even to even."""
+        if linear.weight.bits == 4:
+            columns = slice(columns.start // 2, -(-columns.stop // 2))
+        return self._unpacked(linear, self.part(f"{linear.fqn}.weight", ALL, columns))
+
+    def _unpacked(self, linear: StoredLinear, stored: np.ndarray) -> np.ndarray:
         if linear.weight.bits != 4:
             return stored
         return unpack_int4(torch.from_numpy(stored)).numpy()
@@ -205,6 +230,18 @@ class CheckpointReader(Generic[Names]):
 
 AnyCheckpoint: TypeAlias = CheckpointReader[BlockStack]
 """Of a decoder or an encoder."""
+
+
+def slabs(length: int, width: int) -> Iterator[slice]:
+    """Cut an axis of a matrix into pieces of about `SLAB` elements that start at even numbers.
+
+    Args:
+        length: Of the axis.
+        width: Elements in one of it.
+    """
+    step = max(2, SLAB // max(1, width) // 2 * 2)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.blocked_weights import block_scales, blocked_layout, integer_weight, pack_blocks
-from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
+from deploy.checkpoint_reader import ALL, AnyCheckpoint, StoredLinear, slabs
 from deploy.graph_builder import MICROSOFT, GraphBuilder
 from deploy.input_ops import QuantizedInput
 from rolora.blocks import Block
@@ -160,13 +160,19 @@ def stored_columns(
     four_bits = linears[0].weight.bits == 4
 
     def read() -> ir.TensorProtocol:
-        weight = np.concatenate([checkpoint.integers(linear) for linear in linears]).T
+        columns, rows = shape
+        stored = np.empty(columns * rows // 2 if four_bits else columns * rows, np.uint8)
+        for some in slabs(columns, rows):
+            parts = [checkpoint.integer_columns(linear, some) for linear in linears]
+            slab = np.concatenate(parts).T
+            if four_bits:
+                stored[some.start * rows // 2 : some.stop * rows // 2] = _pack_nibbles(slab)
+            else:
+                flipped = slab.view(np.uint8) ^ np.uint8(WEIGHT_SHIFT if shifted else 0)
+                stored.reshape(shape)[some] = flipped
         if four_bits:
-            nibbles = _pack_nibbles(weight)
-            return ir.PackedTensor(nibbles, ir.DataType.INT4, shape=ir.Shape(weight.shape))
-        if shifted:
-            weight = weight.view(np.uint8) ^ np.uint8(WEIGHT_SHIFT)
-        return ir.tensor(np.ascontiguousarray(weight))
+            return ir.PackedTensor(stored, ir.DataType.INT4, shape=ir.Shape(shape))
+        return ir.tensor(stored.view(np.uint8 if shifted else np.int8).reshape(shape))
 
     wide = ir.DataType.UINT8 if shifted else ir.DataType.INT8
     return graph.lazy_weight(f"{name}.weight", ir.DataType.INT4 if four_bits else wide, shape, read)
@@ -234,8 +240,11 @@ def float_linear(
     """Add one MatMul in float32, or in float16, for linears that read the same input."""
 
     def read() -> ir.TensorProtocol:
-        weight = np.concatenate([checkpoint.array(f"{linear.fqn}.weight") for linear in linears])
-        return ir.tensor(np.ascontiguousarray(weight.T).astype(dtype.numpy()))
+        stored = np.empty(shape, dtype.numpy())
+        for some in slabs(*shape):
+            parts = [checkpoint.part(f"{linear.fqn}.weight", ALL, some) for linear in linears]
+            stored[some] = np.concatenate(parts).T
+        return ir.tensor(stored)
 
     shape = (linears[0].in_features, sum(linear.out_features for linear in linears))
     weight = graph.lazy_weight(f"{name}.weight", dtype, shape, read)
@@ -278,9 +287,7 @@ def packed_name(block: Block) -> str:
 
 
 def _pack_nibbles(values: np.ndarray) -> np.ndarray:
-    """Pack int8 of -8..7 as ONNX INT4: row-major, the first of two in the low nibble."""
-    nibbles = values.reshape(-1).astype(np.uint8) & 0x0F
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, np.uint8(0))
+    """Pack int8 of -8..7, an even number, as ONNX INT4: row-major, the first in the low nibble."""
+    nibbles = values.reshape(-1).view(np.uint8) & 0x0F
     packed: np.ndarray = nibbles[0::2] | (nibbles[1::2] << 4)
     return packed

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import onnx
 import pytest
 
+import deploy.checkpoint_reader
 from deploy.artifact import hash_file, read_manifest, verify_files
 from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
-from deploy.export import DATA_NAME
+from deploy.export import DATA_NAME, write_graphs
+from deploy.kernels import Kernel, graph_forms
 from deploy.parity import parity_tokens
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
@@ -84,6 +87,35 @@ def test_the_manifest_says_what_was_exported_and_how_well(checkpoint: Path, tmp_
         if path.name != "rolora_manifest.json"
     )
     assert report.peak_memory_bytes > 1e7
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_writing_holds_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """What Python allocates, which is all of numpy's; ONNX Runtime does not run here."""
+    rows, hidden = 640_000 // bits, 64
+    model = save_model(tmp_path / "model", vocab_size=rows, hidden_size=hidden)
+    source = make_checkpoint(
+        model,
+        tmp_path / "checkpoint",
+        f"W{bits}A8",
+        weights="rtn",
+        head_bits=bits,
+        embedding_bits=bits,
+        equalize=False,
+    )
+    largest = rows * hidden * bits // 8
+    monkeypatch.setattr(deploy.checkpoint_reader, "SLAB", 100_000)
+    with Checkpoint(source) as opened:
+        forms = graph_forms(opened, Kernel.AUTO)
+        (tmp_path / "onnx").mkdir()
+        tracemalloc.start()
+        write_graphs(opened, forms, tmp_path / "onnx")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    graphs = 2 * 2**20  # with the scales in them
+    assert peak < 1.3 * largest + graphs, f"{peak / 1e6:.1f} MB for {largest / 1e6:.1f}"
 
 
 def test_a_finished_export_is_kept_and_another_is_never_overwritten(
