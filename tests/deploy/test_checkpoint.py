@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from deploy.architecture import decoder_names
@@ -18,7 +20,7 @@ from deploy.checkpoint import (
     write_model,
     write_weights,
 )
-from deploy.checkpoint_reader import WEIGHTS_NAME, formats_to_details
+from deploy.checkpoint_reader import WEIGHTS_NAME, formats_to_details, slabs
 from deploy.checkpoint_settings import choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model
@@ -204,3 +206,28 @@ def test_expected_size_covers_the_file_that_a_whole_model_gives(
     assert all((written[key] == before[key]).all() for key in before)
     header = 16384
     assert (tmp_path / WEIGHTS_NAME).stat().st_size < weights_bytes(model) + header
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("four", "W4A8"), ("eight", "W8A8")])
+def test_parts_of_integers_are_the_whole(tmp_path: Path, name: str, scheme: str) -> None:
+    model = save_model(tmp_path / "model")
+    directory = make_checkpoint(model, tmp_path / name, scheme, weights="rtn")
+    with Checkpoint(directory) as opened:
+        linear = opened.linear(opened.names.blocks[0].down)
+        whole = opened.integers(linear)
+        pieces = list(slabs(linear.out_features, linear.in_features))
+        rows = [opened.integer_rows(linear, some) for some in pieces]
+        np.testing.assert_array_equal(np.concatenate(rows), whole)
+        for columns in (slice(0, 2), slice(4, linear.in_features)):
+            np.testing.assert_array_equal(
+                opened.integer_columns(linear, columns), whole[:, columns]
+            )
+        with pytest.raises(ArtifactError, match="tensor 'none' is missing"):
+            opened.part("none", slice(0, 1))
+
+
+@given(length=st.integers(1, 300), width=st.integers(1, 10**8))
+def test_slabs_cover_an_axis_once_and_start_at_even_numbers(length: int, width: int) -> None:
+    pieces = list(slabs(length, width))
+    assert [row for some in pieces for row in range(some.start, some.stop)] == list(range(length))
+    assert all(some.start % 2 == 0 for some in pieces)
