@@ -591,6 +591,14 @@ def merge_rotate_quantize_command(
             help="4, 8, or 32 for float. Default: 8; an encoder's pooler and classifier are float."
         ),
     ] = None,
+    share_table: Annotated[
+        bool,
+        typer.Option(
+            "--share-table",
+            help="Store embedding and head of a tied model as one table of 8 bits, with channel "
+            "scales in front of the rotations.",
+        ),
+    ] = False,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
     equalize: Annotated[
         bool | None,
@@ -649,6 +657,7 @@ def merge_rotate_quantize_command(
             head_bits=head_bits,
             asymmetric=activation_symmetry is SymmetryName.ASYMMETRIC,
             activation_group_size=activation_group_size,
+            shared_table=share_table,
         )
         overrides = tuple(Override.parse(text) for text in override or ())
         budget = None if mixed_precision is None else Budget.parse(mixed_precision)

@@ -11,12 +11,13 @@ adds its scales:
 
 An attention module with a quantized KV cache adds `kv_cache.<part>`, float32 [kv_heads, 1,
 head_dim], for the parts that `rolora.kv_cache.stored_parts` names. The format of each linear, and
-the bits of the cache, stand in the manifest's details.
+the bits of the cache, stand in the manifest's details. Where these have `shared_table`, the
+embedding's integers and scales are the head's too, whose own are not stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from deploy.module_layout import empty_decoder, to_our_layout
 from deploy.rotation_file import load_rotation
 from deploy.staging import require_free_space
 from rolora.decoder import BlockNames, DecoderNames
+from rolora.kronecker import Rotation
 from rolora.kv_attention import CODEC_NAME, install_codecs
 from rolora.kv_cache import FLOAT_KV_BITS, CacheCodec, check_kv_bits, stored_parts
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
@@ -60,12 +62,25 @@ class Checkpoint(CheckpointReader[DecoderNames]):
         super().__init__(directory, lambda config, _: decoder_names(config), verify=verify)
         self.kv_bits = _kv_bits_from_details(self.manifest.details, directory)
         self.rotation: RotationPlan | None = load_rotation(directory, self.manifest)
+        if self.shares_table:
+            own = head_table_keys(self.names)
+            self.share(dict(zip(own, table_keys(self.names.embedding), strict=True)))
 
     def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the float32 factors (left, right) of R4, or None without it."""
         if self.rotation is None or self.rotation.r4 is None:
             return None
         return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether the head's integers are those of the embedding, stored once."""
+        return bool(self.manifest.details.get("shared_table"))
+
+    @property
+    def table_rotation(self) -> Rotation | None:
+        """R1, if the embedding's rows are stored rotated by it: as the head reads them."""
+        return self.rotation.r1 if self.shares_table and self.rotation is not None else None
 
     def online_r1(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Return signs [l * r] and factors of an R1 that acts at run time, float32; else None."""
@@ -136,6 +151,16 @@ class Checkpoint(CheckpointReader[DecoderNames]):
         return model
 
 
+def table_keys(fqn: str) -> tuple[str, str]:
+    """Return under which names the integers of a table or linear, and their scales, are stored."""
+    return f"{fqn}.weight", f"{fqn}.weight_scale"
+
+
+def head_table_keys(names: DecoderNames) -> tuple[str, str]:
+    """Return what a checkpoint does not store where the head shares the embedding's table."""
+    return table_keys(names.head)
+
+
 def stored_tensors(model: nn.Module, fqns: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors of some modules as a checkpoint stores them, 4-bit weights packed.
 
@@ -158,18 +183,20 @@ def stored_tensors(model: nn.Module, fqns: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def write_model(directory: Path, model: nn.Module) -> None:
+def write_model(directory: Path, model: nn.Module, left_out: Container[str] = ()) -> None:
     """Write a (quantized) decoder that is in memory as `model.safetensors`.
 
     Args:
         directory: An artifact that is being written.
         model: With an untied head.
+        left_out: Tensors that others stand for.
 
     Raises:
         ArtifactError: The disk has no room for it.
     """
     require_free_space(directory, weights_bytes(model))
     tensors = stored_tensors(model, [""])
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out}
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 

@@ -26,19 +26,26 @@ class CheckpointOps:
         self._checkpoint = checkpoint
         self._form = form
         self._dtype = ir.DataType.FLOAT16 if form.half else ir.DataType.FLOAT
+        self._table: ir.Value | None = None
+
+    def table(self) -> ir.Value:
+        """Return the embedding's table [V, D] as it is stored."""
+        if self._table is None:
+            checkpoint, spec = self._checkpoint, self._checkpoint.embedding_spec
+            key = f"{checkpoint.names.embedding}.weight"
+            dtypes = {None: self._dtype, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
+            dtype = dtypes[None if spec is None else spec.bits]
+
+            def read() -> ir.TensorProtocol:
+                return ir.tensor(checkpoint.array(key).astype(dtype.numpy(), copy=False))
+
+            self._table = self._graph.lazy_weight(key, dtype, checkpoint.shape(key), read)
+        return self._table
 
     def look_up(self, input_ids: ir.Value) -> ir.Value:
         """Look tokens up; int8 rows are scaled after the lookup, groups of 4 bits in it."""
         graph, checkpoint = self._graph, self._checkpoint
-        key = checkpoint.names.embedding
-        spec = checkpoint.embedding_spec
-        dtypes = {None: self._dtype, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
-        dtype = dtypes[None if spec is None else spec.bits]
-
-        def read() -> ir.TensorProtocol:
-            return ir.tensor(checkpoint.array(f"{key}.weight").astype(dtype.numpy(), copy=False))
-
-        table = graph.lazy_weight(f"{key}.weight", dtype, checkpoint.shape(f"{key}.weight"), read)
+        key, spec, table = checkpoint.names.embedding, checkpoint.embedding_spec, self.table()
         if spec is None:
             return graph.value("Gather", [table, input_ids], "embedding/Gather")
         scales = checkpoint.array(f"{key}.weight_scale")
@@ -99,9 +106,14 @@ class CheckpointOps:
                 blocked=self._form.blocked,
                 half=half and self._form.half,
                 add_bias=bias,
+                table=self.table() if self._is_shared(fqns) else None,
             )
         if linears[0].activation is not None:
             return nbits_linear(self._graph, x, self._checkpoint, linears, name, add_bias=bias)
         return float_linear(
             self._graph, x, self._checkpoint, linears, name, self._dtype, add_bias=bias
         )
+
+    def _is_shared(self, fqns: list[str]) -> bool:
+        """Return whether a linear is a head with the embedding's table for its weight."""
+        return self._checkpoint.shares_table and fqns == [self._checkpoint.names.head]

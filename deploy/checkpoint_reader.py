@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
 from deploy.errors import ArtifactError
 from rolora.blocks import BlockStack
+from rolora.kronecker import Rotation
 from rolora.layer_plan import LayerPlan
 from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
 from rolora.packing import unpack_int4
@@ -87,6 +88,11 @@ class CheckpointReader(Generic[Names]):
                 f"{directory / WEIGHTS_NAME}: {error}; write the checkpoint again"
             ) from error
         self._keys = frozenset(self._tensors.keys())
+        self._stored_as: dict[str, str] = {}
+
+    def share(self, stored_as: Mapping[str, str]) -> None:
+        """Read tensors under other names than their own, which are not stored."""
+        self._stored_as = dict(stored_as)
 
     def close(self) -> None:
         """Release the mapped weights."""
@@ -100,7 +106,7 @@ class CheckpointReader(Generic[Names]):
 
     def has(self, key: str) -> bool:
         """Return whether a tensor is stored."""
-        return key in self._keys
+        return self._stored_as.get(key, key) in self._keys
 
     def keys(self) -> frozenset[str]:
         """Return the names of all stored tensors."""
@@ -112,8 +118,7 @@ class CheckpointReader(Generic[Names]):
         Raises:
             ArtifactError: There is no such tensor.
         """
-        self._require(key)
-        array: np.ndarray = self._tensors.get_tensor(key)
+        array: np.ndarray = self._tensors.get_tensor(self._place(key))
         return array
 
     def part(self, key: str, rows: slice, columns: slice = ALL) -> np.ndarray:
@@ -122,8 +127,7 @@ class CheckpointReader(Generic[Names]):
         Raises:
             ArtifactError: There is no such tensor.
         """
-        self._require(key)
-        array: np.ndarray = self._tensors.get_slice(key)[rows, columns]
+        array: np.ndarray = self._tensors.get_slice(self._place(key))[rows, columns]
         return array
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -132,15 +136,16 @@ class CheckpointReader(Generic[Names]):
         Raises:
             ArtifactError: There is no such tensor.
         """
-        self._require(key)
-        return tuple(self._tensors.get_slice(key).get_shape())
+        return tuple(self._tensors.get_slice(self._place(key)).get_shape())
 
-    def _require(self, key: str) -> None:
-        if key not in self._keys:
+    def _place(self, key: str) -> str:
+        place = self._stored_as.get(key, key)
+        if place not in self._keys:
             raise ArtifactError(
-                f"{self.directory / WEIGHTS_NAME}: tensor {key!r} is missing; write the "
+                f"{self.directory / WEIGHTS_NAME}: tensor {place!r} is missing; write the "
                 f"checkpoint again"
             )
+        return place
 
     def linear(self, fqn: str) -> StoredLinear:
         """Describe one linear."""
@@ -171,7 +176,18 @@ class CheckpointReader(Generic[Names]):
         key = f"{self.names.embedding}.weight"
         stored = self._tensor(key)
         table = unpack_int4(stored) if spec.bits == 4 else stored
-        return QuantizedEmbedding(table, self._tensor(f"{key}_scale"), spec)
+        scale = self._tensor(f"{key}_scale")
+        return QuantizedEmbedding(table, scale, spec, self.table_rotation)
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether a head's integers are those of the embedding, stored once."""
+        return False
+
+    @property
+    def table_rotation(self) -> Rotation | None:
+        """What the rows of the embedding are stored rotated by."""
+        return None
 
     def integers(self, linear: StoredLinear) -> np.ndarray:
         """Read the integers of a quantized linear, int8 [out, in], unpacked."""

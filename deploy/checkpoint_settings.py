@@ -72,6 +72,7 @@ def choose_recipe(
     head_bits: int = 8,
     asymmetric: bool = False,
     activation_group_size: int | None = None,
+    shared_table: bool = False,
 ) -> QuantizationRecipe | None:
     """Fill in what the user left open; None for FP32.
 
@@ -89,11 +90,17 @@ def choose_recipe(
         head_bits: 4, 8 or 32.
         asymmetric: Per-token inputs with zero points.
         activation_group_size: Input columns that share an activation scale.
+        shared_table: One table of integers for the embedding and the head of a tied model.
 
     Raises:
         ValueError: The scheme is unknown or a value is out of range.
     """
     if scheme.strip().upper() == FLOAT_SCHEME:
+        if shared_table:
+            raise ValueError(
+                f"--share-table: --scheme {FLOAT_SCHEME} leaves embedding and head in float, which "
+                f"rotations tell apart; quantize, or leave --share-table out"
+            )
         return None
     return QuantizationRecipe(
         Scheme.parse(scheme),
@@ -106,6 +113,7 @@ def choose_recipe(
         head_bits=head_bits,
         asymmetric=asymmetric,
         activation_group_size=activation_group_size,
+        shared_table=shared_table,
     )
 
 

@@ -68,6 +68,11 @@ def compressed_scheme(checkpoint: Checkpoint) -> CompressedScheme:
             f"the KV cache has {checkpoint.kv_bits} bits, expected a float one: the scales and "
             f"rotation of ours are not written here; {_REMAKE} --kv-bits {FLOAT_KV_BITS}"
         )
+    if checkpoint.shares_table:
+        faults.append(
+            "embedding and head share a table of integers, and transformers ties float weights "
+            f"only; {_REMAKE} without --share-table"
+        )
     if faults:
         raise ConfigError.from_faults(str(checkpoint.directory), faults)
     members: dict[tuple[WeightSpec, ActivationSpec], list[str]] = defaultdict(list)

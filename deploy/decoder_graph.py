@@ -158,11 +158,21 @@ class DecoderGraph:
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
         """Look the tokens up, and scale all rows where a family does."""
-        rows = self._ops.look_up(input_ids)
+        rows = self._unrotated(self._ops.look_up(input_ids))
         if (factor := self.computed.embedding_scale) is None:
             return rows
         whole = self.graph.constant(np.asarray(factor, self.dtype.numpy()))
         return self.graph.value("Mul", [rows, whole], "embedding/all/Mul")
+
+    def _unrotated(self, rows: ir.Value) -> ir.Value:
+        """Undo the R1 that a table of embedding and head is stored in."""
+        factors = None if self.checkpoint.table_rotation is None else self.checkpoint.online_r1()
+        if factors is None:
+            return rows
+        signs, left, right = factors
+        rows = self._rotate_online(rows, (left.T, right.T), "embedding/R1")
+        signs_value = self.graph.constant(signs.astype(self.dtype.numpy()))
+        return self.graph.value("Mul", [rows, signs_value], "embedding/R1/Mul")
 
     def _norm(
         self, fqn: str, stream: ir.Value, delta: ir.Value | None

@@ -43,7 +43,8 @@ def measure_equalization(
             if source.whole_because is None:
                 source.release(part)
                 release_free_memory()
-        walk.measure_head(source.rows(head))
+        shares_table = settings.recipe is not None and settings.recipe.shared_table
+        (walk.keep_head if shares_table else walk.measure_head)(source.rows(head))
         return walk.result()
     except ValueError as error:
         raise ConfigError(f"{settings.model}: cannot be equalized: {error}") from error

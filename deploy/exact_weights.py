@@ -57,9 +57,15 @@ def _check_graph(
     for name, fqns in [*packed, *alone]:
         linears = [checkpoint.linear(fqn) for fqn in fqns]
         key = f"{name}.weight"
-        if linears[0].activation is None or key not in initializers:
+        if linears[0].activation is None:
             continue
-        found = _stored_integers(_content(initializers[key]), linears, form)
+        if key in initializers:
+            found = _stored_integers(_content(initializers[key]), linears, form)
+        elif checkpoint.shares_table and fqns == (checkpoint.names.head,):
+            table = f"{checkpoint.names.embedding}.weight"
+            found = _content(initializers[table]).numpy()
+        else:
+            continue
         expected = np.concatenate([checkpoint.integers(linear) for linear in linears])
         if not np.array_equal(found, expected):
             raise ParityError(f"{form.file}: {key}: the exported integers are not the checkpoint's")

@@ -42,6 +42,7 @@ def integer_linear(
     blocked: bool = False,
     half: bool = False,
     add_bias: bool = True,
+    table: ir.Value | None = None,
 ) -> ir.Value:
     """Add one integer product for linears that read the same input, their outputs side by side.
 
@@ -54,12 +55,15 @@ def integer_linear(
         blocked: Store the weight as MatMulNBits does, for a graph of that kernel beside this one.
         half: Return float16.
         add_bias: Whether the bias belongs to it; else a node behind it adds that.
+        table: int8 [N, K], the only linear's weight, which stands in the graph already.
 
     Returns:
         float32 (or float16) [B, S, sum of out_features].
     """
     shifted = x.numbers.shifts(linears[0].weight.bits)
-    if blocked:
+    if table is not None:
+        weight = _transposed(graph, table, name, shifted=shifted)
+    elif blocked:
         layout = blocked_layout(linears)
         weight = integer_weight(graph, checkpoint, linears, layout, name, shifted=shifted)
     else:
@@ -119,6 +123,16 @@ def _fused_product(
     return graph.value(
         "MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT
     )
+
+
+def _transposed(graph: GraphBuilder, table: ir.Value, name: str, *, shifted: bool) -> ir.Value:
+    """Turn int8 [N, K] to int8 (or shifted to uint8) [K, N], when the graph is loaded."""
+    if shifted:
+        wide = graph.value("Cast", [table], f"{name}/wide/Cast", to=ir.DataType.INT32)
+        shift = graph.constant(np.int32(WEIGHT_SHIFT))
+        wide = graph.value("Add", [wide, shift], f"{name}/shift/Add")
+        table = graph.value("Cast", [wide], f"{name}/shift/Cast", to=ir.DataType.UINT8)
+    return graph.value("Transpose", [table], f"{name}/Transpose", perm=[1, 0])
 
 
 def _column_weight(

@@ -97,6 +97,8 @@ def merge_rotate_quantize(
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     is_fresh = stored is None and (adapter is None or adapter.rotation is None)
     equalizes = _equalizes(settings, plan, is_fresh)
+    if settings.recipe is not None and settings.recipe.shared_table:
+        _require_one_table(source, adapter, plan, equalizes=equalizes)
     if settings.recipe is not None:
         scaled = equalizes or (plan is not None and plan.equalization is not None)
         rotated = plan is not None and plan.r1 is not None
@@ -138,6 +140,8 @@ def merge_rotate_quantize(
         merged = source.merge_report([layer for part in facts for layer in part["merged"]])
         details = quantization_details(settings.recipe, planned, rounding, merged)
         details |= {"kv_bits": settings.kv_bits} | save_rotation(directory, plan)
+        if settings.recipe is not None and settings.recipe.shared_table:
+            details["shared_table"] = True
         loaded.model.config.save_pretrained(directory)
         save_tokenizer(loaded, directory)
         require_free_space(directory, sum(part.file.bytes for part in store.parts))
@@ -230,8 +234,9 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
         ConfigError: The user asked for scales where there can be none.
     """
     if settings.equalize is None:
-        few_bits = settings.recipe is not None and equalizes_by_default(settings.recipe.scheme)
-        return few_bits and is_fresh and plan is not None and plan.r1 is not None
+        recipe = settings.recipe
+        wanted = recipe is not None and (equalizes_by_default(recipe.scheme) or recipe.shared_table)
+        return wanted and is_fresh and plan is not None and plan.r1 is not None
     if settings.equalize and plan is None:
         raise ConfigError("--equalize needs a rotation behind the scales: leave --rotate out")
     if settings.equalize and not is_fresh:
@@ -240,6 +245,40 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
             "its own; leave --equalize out"
         )
     return settings.equalize
+
+
+def _require_one_table(
+    source: DecoderSource,
+    adapter: StoredAdapter | None,
+    plan: RotationPlan | None,
+    *,
+    equalizes: bool,
+) -> None:
+    """Refuse to store one table for embedding and head where the head would have other numbers.
+
+    Raises:
+        ConfigError: The model is not tied, an adapter changes one of the two, or the gain of the
+            final norm would be folded into the head.
+    """
+    name, names = source.loaded.name, source.names
+    if not source.loaded.model.config.get_text_config().tie_word_embeddings:
+        raise ConfigError(
+            f"--share-table: {name} has a head of its own (tie_word_embeddings is false); leave "
+            f"--share-table out"
+        )
+    if adapter is not None and (
+        changed := {names.embedding, names.head} & set(adapter.adapter.shapes())
+    ):
+        raise ConfigError(
+            f"--share-table: the adapter changes {', '.join(sorted(changed))}, and embedding and "
+            f"head are no longer one table; leave --share-table out"
+        )
+    if plan is not None and not equalizes:
+        raise ConfigError(
+            "--share-table: without channel scales the gain of the final norm is folded into the "
+            "head, whose numbers are then no longer the embedding's; leave --no-equalize and "
+            "--rotation out, keep R1 among --rotate, or give --rotate none"
+        )
 
 
 def _calibration(source: DecoderSource, settings: CheckpointSettings) -> list[dict[str, Tensor]]:

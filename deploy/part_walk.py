@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from deploy.checkpoint import stored_tensors
+from deploy.checkpoint import head_table_keys, stored_tensors
 from deploy.checkpoint_reader import formats_to_details
 from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import DecoderSource, Part, decoder_parts
@@ -63,8 +64,13 @@ class PartWalk:
             layer_progress(next(numbers), len(planned.plans))
 
         self._walk: QuantizationWalk | None = None
+        self._shares_table = False
         if settings.recipe is not None:
-            self._walk = QuantizationWalk(model, names, settings.recipe, batches, count, planned)
+            self._shares_table = settings.recipe.shared_table
+            table_rotation = rotation.r1 if self._shares_table and rotation is not None else None
+            self._walk = QuantizationWalk(
+                model, names, settings.recipe, batches, count, planned, table_rotation
+            )
         self._cache: CacheWalk | None = None
         if settings.kv_bits != FLOAT_KV_BITS:
             r3 = None if rotation is None else rotation.r3
@@ -122,7 +128,8 @@ class PartWalk:
             if weight == names.embedding:
                 walk.quantize_embedding(source.rows(part))
             elif weight == names.head:
-                errors = walk.quantize_head(source.rows(part))
+                table = self._table() if self._shares_table else None
+                errors = walk.quantize_head(source.rows(part), table)
             else:
                 errors = walk.quantize_block(names.blocks[index - 1])
         self._calibrate_cache(part, index)
@@ -131,11 +138,20 @@ class PartWalk:
             facts["linears"] = self._formats
         states = self._scales if weight == names.head else self._scales | self._states()
         tensors = stored_tensors(source.loaded.model, part.modules)
+        if self._shares_table:  # it lies in the first part
+            for key in head_table_keys(names):
+                tensors.pop(key, None)
         seconds = {"seconds": time.monotonic() - started}
         self._store.add(part.name, tensors, states, facts | seconds)
         del tensors
         source.release(part)
         release_free_memory()
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """Read the embedding's integers and scales back."""
+        first = load_file(self._store.path(self._store.parts[0].name))
+        key = f"{self._source.names.embedding}.weight"
+        return first[key], first[f"{key}_scale"]
 
     def _calibrate_cache(self, part: Part, index: int) -> None:
         """Move on the states that the caches see, behind the quantization of the same part."""

@@ -77,7 +77,7 @@ def louder_noise(recipe: QuantizationRecipe | None) -> Noise:
 
 @dataclass(frozen=True, eq=False)
 class Equalization:
-    """The scales s of a decoder's inputs, float64, finite and above 0."""
+    """The scales s of a decoder's inputs, float64, finite and above 0 (the head's: not 0)."""
 
     attention: Tensor
     """[layers, hidden_size]"""
@@ -88,14 +88,14 @@ class Equalization:
     down: Tensor
     """[layers, intermediate_size]"""
     head: Tensor
-    """[hidden_size]"""
+    """[hidden_size]; the gain of the final norm, where the head shares the embedding's table."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
 
         Raises:
             ValueError: A tensor is not of float64, has other dimensions, or values that are not
-                finite and above 0.
+                finite and above 0 (the head's: not 0).
         """
         for key, tensor in self.to_tensors().items():
             dims = 1 if tensor is self.head else 2
@@ -104,8 +104,10 @@ class Equalization:
                     f"{key}: expected float64 of {dims} dimensions, got "
                     f"{tensor.dtype} of shape {tuple(tensor.shape)}"
                 )
-            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise ValueError(f"{key}: expected finite scales above 0")
+            allowed = tensor != 0 if tensor is self.head else tensor > 0
+            if not bool((torch.isfinite(tensor) & allowed).all()):
+                expected = "other than" if tensor is self.head else "above"
+                raise ValueError(f"{key}: expected finite scales {expected} 0")
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Equalization | None:

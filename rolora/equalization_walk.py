@@ -89,6 +89,26 @@ class EqualizationWalk:
         scales = _scales(self._names.head, inputs, columns, gain, self._noise)
         self._scales["head"].append(scales)
 
+    def keep_head(self, rows: Iterable[Tensor]) -> None:
+        """Let the head's weights be those of the embedding, without the gain of the final norm.
+
+        The scales are then that gain, which stays where it is.
+
+        Args:
+            rows: See `measure_head`; the first are taken.
+
+        Raises:
+            ValueError: A gain is 0, which no scale is.
+        """
+        next(iter(rows))
+        gain = norm_gain(self._model, self._names, self._names.final_norm)
+        if not bool(gain.all()):
+            raise ValueError(
+                f"{self._names.final_norm}: expected gains other than 0, in front of a head that "
+                f"shares the embedding's table; got one at channel {int(gain.eq(0).nonzero()[0])}"
+            )
+        self._scales["head"].append(gain)
+
     def result(self) -> Equalization:
         """Return the scales of all parts."""
         stacked = {name: torch.stack(found) for name, found in self._scales.items()}

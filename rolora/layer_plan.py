@@ -68,6 +68,11 @@ def plan_layers(
     head = names.head
     if head is not None and (recipe.head_bits != FLOAT_BITS or head in exceptions):
         plans.append(_plan_head(head, recipe, exceptions.get(head, ())))
+        if recipe.shared_table and plans[-1].weight != WeightSpec(8):
+            raise ValueError(
+                f"{head}: shares the embedding's table of 8 bits and cannot have other bits; leave "
+                f"its override out"
+            )
     return [plan for plan in plans if not _stays_float(plan)]
 
 

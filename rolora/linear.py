@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rolora.activation import QuantizedActivation, quantize_activation, rounded_activation
 from rolora.affine import dequantize
+from rolora.kronecker import Rotation
 from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
 _EXACT_COLUMNS = 1024
@@ -241,14 +242,22 @@ class QuantizedEmbedding(nn.Module):
         weight: int8 [V, D].
         weight_scale: float32 [V] or [V, groups].
         weight_spec: How the table is stored.
+        rotation: R of rows that are stored as e R, for a head that reads x R; undone in the lookup.
     """
 
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, weight_spec: WeightSpec) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_spec: WeightSpec,
+        rotation: Rotation | None = None,
+    ) -> None:
         super().__init__()
         self.weight_spec = weight_spec
+        self.rotation = rotation
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
 
@@ -256,4 +265,6 @@ class QuantizedEmbedding(nn.Module):
         """Return float32 [..., D] for token ids int64 [...]."""
         flat = ids.reshape(-1)
         rows = dequantized_weight(self.weight[flat], self.weight_scale[flat], self.weight_spec)
+        if self.rotation is not None:
+            rows = self.rotation.unrotate(rows)
         return rows.reshape(*ids.shape, self.weight.shape[1])

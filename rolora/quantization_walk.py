@@ -14,6 +14,7 @@ from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_m
 from rolora.calibration import RangeObserver
 from rolora.fold import row_chunks
 from rolora.gptq import Gptq, GptqResult, aims_elsewhere
+from rolora.kronecker import Rotation
 from rolora.layer_plan import LayerPlan, plan_layers
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.naming import naming
@@ -63,6 +64,7 @@ class QuantizationWalk:
         progress: Called with the FQN of each finished linear.
         planned: How each linear is quantized, and the ranges that are known; default is the recipe
             alone, which then must leave nothing to choose (`needs_whole_model`).
+        table_rotation: R1 in front of the head, if the head shares the embedding's table.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class QuantizationWalk:
         batches: Sequence[Mapping[str, Tensor]],
         progress: Callable[[str], None] = lambda fqn: None,
         planned: CalibratedPlan | None = None,
+        table_rotation: Rotation | None = None,
     ) -> None:
         self._model = model
+        self._table_rotation = table_rotation
         self._names = names
         self._recipe = recipe
         self._batches = batches
@@ -115,11 +119,11 @@ class QuantizationWalk:
         for chunk, wanted in rows_of_tokens(tokens, rows):
             known.append(wanted)
             if integers:
-                parts.append(self._round(fqn, chunk, spec))
+                parts.append(self._round(fqn, self._as_head_reads(chunk), spec))
         float_rows = seen_rows = torch.cat(known)
         if integers:
             q, scale = (torch.cat(each) for each in zip(*parts, strict=True))
-            table = QuantizedEmbedding(q, scale, spec)
+            table = QuantizedEmbedding(q, scale, spec, self._table_rotation)
             replace_module(self._model, fqn, table)
             seen_rows = table(tokens)
         self._open_streams(tokens, float_rows, seen_rows)
@@ -151,12 +155,15 @@ class QuantizationWalk:
             stream.advance(block)
         return errors
 
-    def quantize_head(self, rows: Iterable[Tensor]) -> list[LayerError]:
+    def quantize_head(
+        self, rows: Iterable[Tensor], table: tuple[Tensor, Tensor] | None = None
+    ) -> list[LayerError]:
         """Quantize the head, if the recipe does.
 
         Args:
             rows: Its rows in order, float32 [n, hidden_size] at a time (`chunk_rows`); the final
                 norm must be in memory when the first is taken. Not touched if they stay float.
+            table: Integers and scales of the embedding, which the head shares.
 
         Raises:
             ValueError: See `quantize_model`.
@@ -176,7 +183,10 @@ class QuantizationWalk:
         results: list[GptqResult] = []
         gptq: Gptq | None = None
         for chunk in rows:
-            if QUANTIZED not in self._streams:
+            if table is not None:
+                start = sum(len(part) for part, _ in parts)
+                q, scale = (each[start : start + len(chunk)] for each in table)
+            elif QUANTIZED not in self._streams:
                 q, scale = self._round(fqn, chunk, plan.weight)
             else:
                 gptq = gptq or self._factorized(self._head_moments(fqn), fqn)
@@ -236,6 +246,11 @@ class QuantizationWalk:
 
     def _stream(self, tokens: Tensor, rows: Tensor) -> BlockStream:
         return BlockStream(self._model, self._names, self._batches, KnownRows(tokens, rows))
+
+    def _as_head_reads(self, rows: Tensor) -> Tensor:
+        """Return rows of the embedding in the basis that a head with the same table is in."""
+        rotation = self._table_rotation
+        return rows if rotation is None else rotation.rotate(rows.double()).float()
 
     def _round(self, fqn: str, rows: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
         with naming(fqn):

@@ -154,6 +154,8 @@ class QuantizationRecipe:
     """Zero points for per-token (or grouped) inputs; static scales stay symmetric."""
     activation_group_size: int | None = None
     """Input columns that share a scale of an activation, where weights have no groups."""
+    shared_table: bool = False
+    """Embedding and head of a tied model are one table of integers, rounded to nearest."""
     aim_share: float = AIM_SHARE
     """How far GPTQ moves weights of few bits towards the float model's outputs (`rolora.gptq`)."""
 
@@ -194,6 +196,11 @@ class QuantizationRecipe:
         for part, bits in (("embedding", self.embedding_bits), ("head", self.head_bits)):
             if bits not in TABLE_BITS:
                 raise ValueError(f"{part} bits: expected 4, 8 or {FLOAT_BITS} (float), got {bits}")
+        if self.shared_table and (self.embedding_bits, self.head_bits) != (8, 8):
+            raise ValueError(
+                f"a table that embedding and head share has 8 bits, got {self.embedding_bits} for "
+                f"the embedding and {self.head_bits} for the head"
+            )
         if not 0.0 <= self.aim_share <= 1.0:
             raise ValueError(f"aim share: expected 0 to 1, got {self.aim_share}")
 
