@@ -35,6 +35,7 @@ from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.config import AdapterConfig
 from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, TrainSettings
+from rolora.kv_cache import FLOAT_KV_BITS
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,19 @@ class Case:
     rounds: tuple[Round, ...]
     equalize: bool | None = None
     """Channel scales; None where the scheme has them by default."""
+    shared_table: bool = False
+    """One table for embedding and head."""
+    kv_bits: int = FLOAT_KV_BITS
+    """Of the key-value cache, which is calibrated at the start and not trained in."""
 
 
 CASES = {
     "w4a4": Case("W4A4", (Round(120, 5e-4, 64),)),
     "w4a8": Case("W4A8", (Round(220, 4e-4, 32),)),
     "w4a8-scaled": Case("W4A8", (Round(220, 4e-4, 32),), equalize=True),
+    "w4a8-shared": Case(
+        "W4A8", (Round(220, 4e-4, 32),), equalize=True, shared_table=True, kv_bits=8
+    ),
     "w6a6": Case("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
     "w8a8": Case("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
 }
@@ -84,9 +92,10 @@ def train(arguments: argparse.Namespace) -> None:
             None,
             MergeMethod.EXACT,
             None,
-            choose_recipe(case.scheme),
+            choose_recipe(case.scheme, shared_table=case.shared_table),
             arguments.calibration,
             equalize=case.equalize,
+            kv_bits=case.kv_bits,
         )
         merge_rotate_quantize(settings, start)
         export_onnx(start, place / "onnx-0", Target.CPU)
@@ -142,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> None:
             key = f"{name}-{number}"
             if key in found or not export.is_dir():
                 continue
-            opened = open_language_model(str(export), threads=2)
+            opened = open_language_model(str(export), threads=arguments.threads)
             windows = cut_windows(opened.tokenizer, read_text(arguments.text), 12, 1024)
             details: Any = read_manifest(export).details
             found[key] = {

@@ -174,6 +174,25 @@ def test_a_quantized_cache_goes_on_behind_an_interruption(
     assert digest(make_checkpoint(model, copy, **options)) != expected
 
 
+@pytest.mark.parametrize("weights", ["rtn", "gptq"])
+def test_a_shared_table_streams_and_outlives_an_interruption(
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_memory: Callable[..., Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    model = save_model(tmp_path / "model", "llama", tied=True)
+    options = {"scheme": "W4A8", "weights": weights, "windows": 2, "shared_table": True}
+    expected = digest(in_memory(model, tmp_path / "memory", **options))
+    request.getfixturevalue("no_whole_model")
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_checkpoint(model, tmp_path / "out", **options)
+    assert digest(make_checkpoint(model, tmp_path / "out", **options)) == expected
+
+
 def test_a_run_goes_on_with_the_channel_scales_of_its_stored_parts(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
