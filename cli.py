@@ -526,7 +526,7 @@ def merge_rotate_quantize_command(
         str | None,
         typer.Option(
             help="A list of r1,r2,r3,r4, or none. Default: the adapter's own, else r1,r2,r4; and "
-            "r3 with a quantized KV cache."
+            "r3 with a KV cache of 4 bits."
         ),
     ] = None,
     rotation_kind: Annotated[

@@ -56,6 +56,8 @@ class Description:
             rows += learning_rows(learning)
         if linears := details.get("linears"):
             rows.append(("quantized linears", str(len(linears))))
+        if details.get("shared_table"):
+            rows.append(("embedding and head", "one table"))
         rows += merge_rows(details.get("merge") or {})
         if rank := details.get("rank"):
             rows.append(("rank", str(rank)))

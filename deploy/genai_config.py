@@ -19,6 +19,8 @@ PROMPT_CHUNK = 128
 
 Attention multiplies a chunk by the tokens up to its end only, not by all of the prompt.
 """
+ROUNDED_CHUNK = 256
+"""The same over a cache of 8 bits, where each chunk makes the tokens before it float32 again."""
 PIPELINE_TYPE = "decoder-pipeline"
 """Model type under which onnxruntime-genai runs a graph per phase over one cache."""
 
@@ -42,6 +44,7 @@ def genai_config(
     """
     target = forms[0].target
     decoders = [form for form in forms if not form.head_only]
+    chunk = ROUNDED_CHUNK if any(form.float_attention for form in forms) else PROMPT_CHUNK
     generation = _generation_config(config, directory)
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
@@ -95,7 +98,7 @@ def genai_config(
             "max_length": context_length(config),
             "past_present_share_buffer": target is not Target.QDQ,
         }
-        | ({} if target in (Target.CUDA, Target.QDQ) else {"chunk_size": PROMPT_CHUNK}),
+        | ({} if target in (Target.CUDA, Target.QDQ) else {"chunk_size": chunk}),
     }
 
 

@@ -175,7 +175,7 @@ def choose_rotation(
         choice: What the user asked for; None is the default.
         adapter: The adapter to merge, if any.
         stored: The rotation of another artifact, if the user gave one.
-        kv_bits: Of the KV cache; a quantized one gets R3 unless the user chose otherwise.
+        kv_bits: Of the KV cache; one of 4 bits gets R3 unless the user chose otherwise.
 
     Raises:
         ConfigError: The user asked for another rotation than the adapter was trained in, for two
