@@ -213,7 +213,8 @@ def _attend_capped(
         query: float [B, heads, S, n].
         key: float [B, kv_heads, T, n].
         value: As key.
-        mask: bool [B, 1, S, T], True where a token is attended to; None is causal.
+        mask: [B, 1, S, T]: bool, True where a token is attended to, or floating, added to the
+            scores, as a model of eager attention makes it; None is causal.
         scale: Factor of the products.
         cap: c.
 
@@ -226,8 +227,10 @@ def _attend_capped(
     if mask is None:
         new, total = scores.shape[-2:]
         mask = torch.ones(new, total, dtype=torch.bool, device=scores.device).tril(total - new)
-    # not -inf: a padding token that sees nothing must not become NaN
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask.is_floating_point():
+        scores = scores + mask
+    else:  # not -inf: a padding token that sees nothing must not become NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(dim=-1) @ value).transpose(1, 2).contiguous()
 
 

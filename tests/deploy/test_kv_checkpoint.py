@@ -36,7 +36,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def eight_bits(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("kv") / "kv8"
-    return make_checkpoint(models["llama"], output, "W8A8", weights="rtn", kv_bits=8)
+    rotate = "r1,r2,r3,r4"
+    return make_checkpoint(models["llama"], output, "W8A8", weights="rtn", rotate=rotate, kv_bits=8)
 
 
 def load(directory: Path) -> tuple[Checkpoint, PreTrainedModel]:
@@ -59,7 +60,7 @@ def test_a_rebuilt_model_rounds_its_cache_in_prompts_and_steps_alike(
     checkpoint, model = load(directory)
     assert checkpoint.kv_bits == bits
     assert checkpoint.rotation is not None
-    assert RotationName.R3 in checkpoint.rotation.names
+    assert (RotationName.R3 in checkpoint.rotation.names) is (bits == 4)
     full, _ = run(model, IDS)
     prompt, past = run(model, IDS[:, :20])
     steps = [prompt]
@@ -106,9 +107,10 @@ def test_a_chosen_rotation_without_r3_stays_without(
     assert torch.isfinite(run(model, IDS)[0]).all()
 
 
-def test_only_a_quantized_cache_gets_r3_by_default() -> None:
-    assert default_rotations(16) == DEFAULT_ROTATIONS == frozenset(RotationName) - {RotationName.R3}
-    assert default_rotations(8) == default_rotations(4) == frozenset(RotationName)
+def test_only_a_cache_of_four_bits_gets_r3_by_default() -> None:
+    assert default_rotations(16) == frozenset(RotationName) - {RotationName.R3}
+    assert default_rotations(8) == default_rotations(16) == DEFAULT_ROTATIONS
+    assert default_rotations(4) == frozenset(RotationName)
     seeded = parse_rotation(None, RotationKind.HADAMARD, 5, kv_bits=4)
     assert seeded is not None
     assert seeded.names == frozenset(RotationName)

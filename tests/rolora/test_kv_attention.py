@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rolora.kv_attention import (
     ATTENTION_NAME,
@@ -154,3 +155,25 @@ def test_calibration_names_the_module_and_leaves_no_recorder(make_decoder: MakeD
     assert not hasattr(decoder.model.get_submodule(fqn), CODEC_NAME)
     with pytest.raises(ValueError, match="no token was seen"):
         quantize_kv_cache(decoder.model, decoder.names, 8, None, [])
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_masks_of_both_kinds_of_attention_mean_the_same(
+    make_decoder: MakeDecoder, cap: float | None
+) -> None:
+    """A model of eager attention makes masks that are added, ours takes boolean ones."""
+    attention = make_decoder("llama").model.get_submodule("model.layers.0.self_attn")
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    seen[1, :, :, 0] = False  # padding
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    attend = ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
+    found = [
+        attend(attention, query, key, value, mask, softcap=cap, scaling=0.3)[0]
+        for mask in (seen, added)
+    ]
+    torch.testing.assert_close(found[1][:, 1:], found[0][:, 1:], rtol=0, atol=1e-6)
+    assert bool(torch.isfinite(torch.stack(found)).all())
+    unmasked = attend(attention, query, key, value, None, softcap=cap, scaling=0.3)[0]
+    assert float((unmasked[1, 1:] - found[0][1, 1:]).abs().max()) > 1e-2
