@@ -27,7 +27,8 @@ behind them spreads what is left over::
     value       rows of v                     undone by o, in all query heads that share a v head
     mlp         gain of the MLP norm          undone by gate, up
     down        rows of up                    undone by down
-    head        gain of the final norm        undone by the head
+    head        gain of the final norm        undone by the head, or, where the head shares the
+                                              embedding's table, the gain that stays in the norm
 
 For that R1 cannot be in the residual stream, where one basis serves all layers: it acts at run time
 behind each norm (`rolora.rotation`), as two small products. On SmolLM2-135M in W16A4 this takes the

@@ -47,7 +47,7 @@ class Case:
 CASES = (
     Case("FP32", 16),
     Case("FP32", 8),
-    Case("FP32", 8, rotate="r1,r2,r4"),
+    Case("FP32", 8, rotate="r1,r2,r3,r4"),
     Case("FP32", 4),
     Case("FP32", 4, rotate="r1,r2,r4"),
     Case("FP32", 4, equalize=True),
