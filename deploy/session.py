@@ -251,11 +251,11 @@ class OnnxDecoder:
             ]
             return found[-1] if last_only else np.concatenate(found, axis=1)
         self._lengths = self._lengths + added
-        real = np.arange(count) < added[:, None]
-        self._mask = np.concatenate([self._mask, real], axis=1)
-        mask = self._mask
         if self._shares_buffer:  # what follows a padded prompt takes the padding's place
             mask = np.arange(held + count) < self._lengths[:, None]
+        else:
+            real = np.arange(count) < added[:, None]
+            self._mask = mask = np.concatenate([self._mask, real], axis=1)
         if count == 1:
             return self._run(self._single, ids, mask, "logits")
         if last_only or not self._last_logits:
@@ -280,9 +280,18 @@ class OnnxDecoder:
             self._bindings[key] = self._bind(session)
         binding = self._bindings[key]
         feed(binding, ids, mask)
-        binding.bind_output(output, "cpu")
+        if output != "logits":
+            binding.bind_output(output, "cpu")
+            session.run_with_iobinding(binding)
+            hidden: np.ndarray = binding.get_outputs()[-1].numpy()
+            return hidden
+        # A list of all outputs, one for each buffer of the cache, costs more than the logits.
+        last = self._last_logits and session is self._prompt
+        shape = (len(ids), 1 if last else ids.shape[1], self.vocab_size)
+        logits = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        binding.bind_ortvalue_output(output, logits)
         session.run_with_iobinding(binding)
-        result: np.ndarray = binding.get_outputs()[-1].numpy()
+        result: np.ndarray = logits.numpy()
         return result
 
     def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
