@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 from deploy.adapter_files import find_adapter, read_adapter_file
 from deploy.errors import ArtifactError, ConfigError
+from deploy.memory import release_free_memory
 
 GRAPH_NAME = "model.onnx"
 PROMPT_NAME = "prompt.onnx"
@@ -350,7 +351,10 @@ def open_session(
     provider: str = CPU_PROVIDER,
     entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
-    """Load a graph.
+    """Load a graph, and give back what loading alone took.
+
+    ONNX Runtime unpacks, transposes and packs weights one after the other; of SmolLM2's two graphs
+    at W4A8 a third of the memory was free, but still the process's.
 
     Args:
         path: The file, with its data beside it.
@@ -372,6 +376,8 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
+        session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:
         raise ArtifactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+    release_free_memory()
+    return session
