@@ -281,18 +281,17 @@ class OnnxDecoder:
             self._bindings[key] = self._bind(session)
         binding = self._bindings[key]
         feed(binding, ids, mask)
-        if output != "logits":
+        if ids.shape[1] > 1:  # of a prompt a graph may compute the last logits or all
             binding.bind_output(output, "cpu")
             session.run_with_iobinding(binding)
-            hidden: np.ndarray = binding.get_outputs()[-1].numpy()
-            return hidden
+            result: np.ndarray = binding.get_outputs()[-1].numpy()
+            return result
         # A list of all outputs, one for each buffer of the cache, costs more than the logits.
-        last = self._last_logits and session is self._prompt
-        shape = (len(ids), 1 if last else ids.shape[1], self.vocab_size)
+        shape = (len(ids), 1, self.vocab_size)
         logits = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
         binding.bind_ortvalue_output(output, logits)
         session.run_with_iobinding(binding)
-        result: np.ndarray = logits.numpy()
+        result = logits.numpy()
         return result
 
     def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
