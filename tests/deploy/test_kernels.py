@@ -29,6 +29,7 @@ from deploy.session import (
     GENAI_CONFIG_NAME,
     GRAPH_NAME,
     HEAD_NAME,
+    HIDDEN_NAME,
     PROMPT_NAME,
     SEQUENCES_FOR_PROMPT_GRAPH,
     TOKEN_NAME,
@@ -333,3 +334,25 @@ def test_a_missing_phase_is_named(exports: dict[str, Path], tmp_path: Path) -> N
     (copy / TOKEN_NAME).unlink()
     with pytest.raises(ArtifactError, match=r"token.onnx: ONNX Runtime cannot load it"):
         OnnxDecoder(copy)
+
+
+def test_a_graph_of_others_that_gives_the_last_logits_alone_runs(
+    exports: dict[str, Path], tmp_path: Path
+) -> None:
+    """As onnxruntime-genai's builder prunes its heads: nothing in the graph says so."""
+    shutil.copytree(exports["W8A8"], tmp_path / "pruned")
+    path = tmp_path / "pruned" / GRAPH_NAME
+    model = onnx.load(path, load_external_data=False)
+    kept = [value for value in model.graph.output if value.name != HIDDEN_NAME]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    onnx.save(model, path)
+    found = []
+    for directory in (exports["W8A8"], tmp_path / "pruned"):
+        with OnnxDecoder(directory, threads=1) as decoder:
+            decoder.start(capacity=40)
+            steps = [decoder.append(IDS[None, :20], last_only=True)]
+            steps += [decoder.append(IDS[None, i : i + 1]) for i in range(20, 24)]
+            found.append(np.concatenate(steps))
+    assert found[0].shape == (5, 1, 262)
+    np.testing.assert_array_equal(*found)
