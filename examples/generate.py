@@ -28,8 +28,10 @@ sessions = {
 prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 ids = tokenizer.encode(prompt, add_special_tokens=False).ids
 shape = (1, decoder["num_key_value_heads"], room, decoder["head_size"])
+inputs = {value.name: value.type for value in next(iter(sessions.values())).get_inputs()}
+dtype = np.int8 if inputs["past_key_values.0.key"] == "tensor(int8)" else np.float32
 cache = {
-    f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+    f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
     for layer in range(decoder["num_hidden_layers"])
     for part in ("key", "value")
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +215,15 @@ def test_stock_genai_shares_the_cache_between_the_graphs(exports: dict[Kernel, P
     generator = TextGenerator(exports[Kernel.AUTO])
     assert list(generator.generate(prompt.tolist(), Sampling(max_new_tokens=count))) == tokens
     assert len(set(tokens)) > 2
+
+
+def test_the_example_runs_over_the_integer_cache(exports: dict[Kernel, Path]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "generate.py"
+    for export in exports.values():
+        command = [sys.executable, str(script), str(export), "hello"]
+        result = subprocess.run(command, capture_output=True, check=False, timeout=120)
+        assert result.returncode == 0, result.stderr.decode()
+        assert result.stdout.strip()
 
 
 def test_the_layers_of_a_prompt_are_compared_with_torch(
