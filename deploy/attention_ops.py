@@ -97,11 +97,7 @@ def attention_node(
     if has_rotary_nodes(checkpoint, in_float=in_float):
         heads = _rotate_heads(graph, checkpoint, prefix, heads, shared, cos_sin)
         tables = [None, None]
-    if checkpoint.kv_bits == FLOAT_KV_BITS:
-        return _group_query_attention(
-            graph, checkpoint, prefix, [*heads, *past], tables, shared, layer
-        )
-    scales = checkpoint.cache_parts(block)
+    scales = checkpoint.cache_parts(block)  # none of a float cache
     if in_float:
         return _attend_in_float(graph, checkpoint, prefix, heads, past, scales, shared, layer)
     values = [

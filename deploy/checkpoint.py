@@ -63,8 +63,8 @@ class Checkpoint(CheckpointReader[DecoderNames]):
         self.kv_bits = _kv_bits_from_details(self.manifest.details, directory)
         self.rotation: RotationPlan | None = load_rotation(directory, self.manifest)
         if self.shares_table:
-            own = head_table_keys(self.names)
-            self.share(dict(zip(own, table_keys(self.names.embedding), strict=True)))
+            own, stored = table_keys(self.names.head), table_keys(self.names.embedding)
+            self.share(dict(zip(own, stored, strict=True)))
 
     def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the float32 factors (left, right) of R4, or None without it."""
@@ -154,11 +154,6 @@ class Checkpoint(CheckpointReader[DecoderNames]):
 def table_keys(fqn: str) -> tuple[str, str]:
     """Return under which names the integers of a table or linear, and their scales, are stored."""
     return f"{fqn}.weight", f"{fqn}.weight_scale"
-
-
-def head_table_keys(names: DecoderNames) -> tuple[str, str]:
-    """Return what a checkpoint does not store where the head shares the embedding's table."""
-    return table_keys(names.head)
 
 
 def stored_tensors(model: nn.Module, fqns: Iterable[str]) -> dict[str, Tensor]:

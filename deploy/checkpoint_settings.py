@@ -211,6 +211,11 @@ class CheckpointSettings:
                 f"the linears to quantize with --override"
             )
 
+    @property
+    def shares_table(self) -> bool:
+        """Whether embedding and head become one table."""
+        return self.recipe is not None and self.recipe.shared_table
+
     def to_config(self) -> dict[str, Any]:
         """Return the settings as plain data for the manifest."""
         recipe = (

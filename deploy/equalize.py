@@ -43,8 +43,7 @@ def measure_equalization(
             if source.whole_because is None:
                 source.release(part)
                 release_free_memory()
-        shares_table = settings.recipe is not None and settings.recipe.shared_table
-        (walk.keep_head if shares_table else walk.measure_head)(source.rows(head))
+        (walk.keep_head if settings.shares_table else walk.measure_head)(source.rows(head))
         return walk.result()
     except ValueError as error:
         raise ConfigError(f"{settings.model}: cannot be equalized: {error}") from error

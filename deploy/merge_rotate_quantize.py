@@ -97,7 +97,7 @@ def merge_rotate_quantize(
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     is_fresh = stored is None and (adapter is None or adapter.rotation is None)
     equalizes = _equalizes(settings, plan, is_fresh)
-    if settings.recipe is not None and settings.recipe.shared_table:
+    if settings.shares_table:
         _require_one_table(source, adapter, plan, equalizes=equalizes)
     if settings.recipe is not None:
         scaled = equalizes or (plan is not None and plan.equalization is not None)
@@ -140,7 +140,7 @@ def merge_rotate_quantize(
         merged = source.merge_report([layer for part in facts for layer in part["merged"]])
         details = quantization_details(settings.recipe, planned, rounding, merged)
         details |= {"kv_bits": settings.kv_bits} | save_rotation(directory, plan)
-        if settings.recipe is not None and settings.recipe.shared_table:
+        if settings.shares_table:
             details["shared_table"] = True
         loaded.model.config.save_pretrained(directory)
         save_tokenizer(loaded, directory)
@@ -235,7 +235,8 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
     """
     if settings.equalize is None:
         recipe = settings.recipe
-        wanted = recipe is not None and (equalizes_by_default(recipe.scheme) or recipe.shared_table)
+        few_bits = recipe is not None and equalizes_by_default(recipe.scheme)
+        wanted = few_bits or settings.shares_table
         return wanted and is_fresh and plan is not None and plan.r1 is not None
     if settings.equalize and plan is None:
         raise ConfigError("--equalize needs a rotation behind the scales: leave --rotate out")

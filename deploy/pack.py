@@ -22,7 +22,7 @@ from deploy.artifact import (
     new_artifact,
     write_manifest,
 )
-from deploy.checkpoint import Checkpoint, head_table_keys, write_model
+from deploy.checkpoint import Checkpoint, table_keys, write_model
 from deploy.checkpoint_report import CheckpointReport
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model, save_tokenizer
@@ -99,7 +99,7 @@ def pack(
             details = _details(aware, start, model) | save_rotation(written, start.rotation)
             start.config.save_pretrained(written)
             save_tokenizer(loaded, written)
-            write_model(written, model, head_table_keys(start.names) if start.shares_table else ())
+            write_model(written, model, table_keys(start.names.head) if start.shares_table else ())
             manifest = write_manifest(written, replace(wanted, details=details))
     return CheckpointReport(output, manifest, peak_memory_bytes())
 

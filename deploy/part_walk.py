@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deploy.checkpoint import head_table_keys, stored_tensors
+from deploy.checkpoint import stored_tensors, table_keys
 from deploy.checkpoint_reader import formats_to_details
 from deploy.checkpoint_settings import CheckpointSettings
 from deploy.decoder_source import DecoderSource, Part, decoder_parts
@@ -64,9 +64,8 @@ class PartWalk:
             layer_progress(next(numbers), len(planned.plans))
 
         self._walk: QuantizationWalk | None = None
-        self._shares_table = False
+        self._shares_table = settings.shares_table
         if settings.recipe is not None:
-            self._shares_table = settings.recipe.shared_table
             table_rotation = rotation.r1 if self._shares_table and rotation is not None else None
             self._walk = QuantizationWalk(
                 model, names, settings.recipe, batches, count, planned, table_rotation
@@ -139,7 +138,7 @@ class PartWalk:
         states = self._scales if weight == names.head else self._scales | self._states()
         tensors = stored_tensors(source.loaded.model, part.modules)
         if self._shares_table:  # it lies in the first part
-            for key in head_table_keys(names):
+            for key in table_keys(names.head):
                 tensors.pop(key, None)
         seconds = {"seconds": time.monotonic() - started}
         self._store.add(part.name, tensors, states, facts | seconds)
@@ -150,8 +149,8 @@ class PartWalk:
     def _table(self) -> tuple[Tensor, Tensor]:
         """Read the embedding's integers and scales back."""
         first = load_file(self._store.path(self._store.parts[0].name))
-        key = f"{self._source.names.embedding}.weight"
-        return first[key], first[f"{key}_scale"]
+        integers, scales = table_keys(self._source.names.embedding)
+        return first[integers], first[scales]
 
     def _calibrate_cache(self, part: Part, index: int) -> None:
         """Move on the states that the caches see, behind the quantization of the same part."""

@@ -131,7 +131,7 @@ def _refuse_decoder_options(settings: CheckpointSettings) -> None:
             "--mixed-precision is chosen on the loss of the next token, which an encoder does not "
             "predict; use --override"
         )
-    if settings.recipe is not None and settings.recipe.shared_table:
+    if settings.shares_table:
         faults.append("an encoder has no head over its vocabulary; leave --share-table out")
     if settings.recipe is not None and settings.recipe.head_bits != FLOAT_BITS:
         faults.append(
