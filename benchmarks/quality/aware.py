@@ -4,8 +4,8 @@
     python benchmarks/quality/aware.py measure --text WIKI_VALID
 
 Every case is a chain: quantize with GPTQ, then train an adapter inside the rounding and pack it,
-once or more; the last checkpoint is exported and measured as `wikitext.py` does. The rows are plain
-text (`{"text": ...}`), none of it from --text; some rounds take the first --later of them alone.
+once or more; the last checkpoint is exported and measured as `wikitext.py` does. The rows come from
+`training_rows.py`, none of them from --text; some rounds take the first --later of them alone.
 Training learns from the float model's predictions. A round costs 6 to 8 seconds a step on one core;
 a killed one goes on with its newest training checkpoint, and finished ones are not redone.
 """
