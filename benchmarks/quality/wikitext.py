@@ -139,7 +139,9 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     if case.export:
         exported = export_onnx(checkpoint, export, Target.CPU).to_dict()
     reference = open_language_model(DEMO_MODEL)
-    opened = open_language_model(str(export if case.export else checkpoint), threads=2)
+    opened = open_language_model(
+        str(export if case.export else checkpoint), threads=arguments.threads
+    )
     windows = cut_windows(opened.tokenizer, read_text(arguments.text), 12, 1024)
     results = evaluate_model(opened.model, reference.model, windows, frozenset(Task))
     return {
@@ -167,8 +169,9 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="names, comma-separated; default all")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows of 512 tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the rotation")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     chosen = [
         case for case in CASES if not arguments.cases or case.name in arguments.cases.split(",")
     ]
