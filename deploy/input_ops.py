@@ -6,7 +6,9 @@
              ReduceMin, ReduceMax ... -> s, z;  QuantizeLinear(x / s + z, 1, zero)
 
 `zero` is what the target's kernels want: uint8 128 or int8 0. Below 8 bits a Clip on the bytes
-keeps the range.
+keeps the range. The constant c = clip / quant_max is a factor of the product's scale, m alone comes
+behind it. A token of zeros has m = 0 and 0 / 0 for x / m: its bytes are arbitrary, and their
+product times m is 0.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ class QuantizedInput:
     q: ir.Value
     """uint8 or int8 [B, S, K], as `numbers` has it."""
     static_scale: ir.Value
-    """float32 scalar: the calibrated scale, or 1 where the scale is per token."""
+    """float32 scalar: the calibrated scale, or the part of a token's scale that is constant."""
     token_scale: ir.Value | None
-    """float32 [B, S, 1], or None where the scale is static."""
+    """float32 [B, S, 1], the other part of a token's scale, or None where the scale is static."""
     zero_point: ir.Value | None = None
     """float32 [B, S, 1], integers that `q` exceeds its zero by for a 0; None if symmetric."""
     numbers: IntegerFormat = CPU_FORMAT
@@ -60,21 +62,20 @@ def quantize_input(
     quant_min, quant_max = activation_range(spec.bits)
     byte_zero = graph.constant(numbers.byte(0))
     token_scale = zero_point = None
-    scaled = x
+    scaled, constant = x, np.float32(1.0)
     if spec.granularity is Granularity.TENSOR:
         assert input_scale is not None
-        scale = graph.constant(np.float32(input_scale))
+        constant = np.float32(input_scale)
     elif spec.symmetric:
         magnitude = graph.value("Abs", [x], f"{name}/Abs")
-        largest = _over_columns(graph, "ReduceMax", magnitude, name)
-        token_scale = _scale_of_range(graph, largest, spec.clip_ratio / quant_max, name)
+        token_scale = _over_columns(graph, "ReduceMax", magnitude, name)
         scaled = graph.value("Div", [x, token_scale], f"{name}/Div")
+        constant = np.float32(spec.clip_ratio / quant_max)
     else:
         token_scale, zero_point = _scale_and_zero_point(graph, x, spec, name)
         ratio = graph.value("Div", [x, token_scale], f"{name}/Div")
         scaled = graph.value("Add", [ratio, zero_point], f"{name}/Add")
-    if token_scale is not None:
-        scale = graph.constant(np.float32(1.0))
+    scale = graph.constant(constant)
     q = graph.value("QuantizeLinear", [scaled, scale, byte_zero], f"{name}/QuantizeLinear")
     if spec.bits < 8:
         low, high = (graph.constant(numbers.byte(bound)) for bound in (quant_min, quant_max))
@@ -88,12 +89,6 @@ def _over_columns(graph: GraphBuilder, operator: str, x: ir.Value, name: str) ->
     return graph.value(operator, [x, axes], f"{name}/{operator}", keepdims=1)
 
 
-def _scale_of_range(graph: GraphBuilder, size: ir.Value, factor: float, name: str) -> ir.Value:
-    """Add the scale of a range, never 0."""
-    raw = graph.value("Mul", [size, graph.constant(np.float32(factor))], f"{name}/Mul")
-    return graph.value("Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max")
-
-
 def _scale_and_zero_point(
     graph: GraphBuilder, x: ir.Value, spec: ActivationSpec, name: str
 ) -> tuple[ir.Value, ir.Value]:
@@ -104,7 +99,9 @@ def _scale_and_zero_point(
     most = _over_columns(graph, "ReduceMax", x, name)
     high = graph.value("Max", [most, zero], f"{name}/high/Max")
     size = graph.value("Sub", [high, low], f"{name}/range/Sub")
-    scale = _scale_of_range(graph, size, spec.clip_ratio / (2**spec.bits - 1), name)
+    factor = graph.constant(np.float32(spec.clip_ratio / (2**spec.bits - 1)))
+    raw = graph.value("Mul", [size, factor], f"{name}/Mul")
+    scale = graph.value("Max", [raw, graph.constant(np.float32(SMALLEST_SCALE))], f"{name}/Max")
     clip = graph.constant(np.float32(spec.clip_ratio))
     clipped = graph.value("Mul", [low, clip], f"{name}/clip/Mul")
     steps = graph.value("Div", [clipped, scale], f"{name}/zero/Div")

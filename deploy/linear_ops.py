@@ -79,8 +79,7 @@ def integer_linear(
         inline_bias = None
         y = graph.value("MatMulInteger", [x.q, weight], f"{name}/MatMulInteger")
         y = graph.value("Cast", [y], f"{name}/product/Cast", to=ir.DataType.FLOAT)
-        if x.token_scale is None:
-            scale = graph.value("Mul", [scale, x.static_scale], f"{name}/scale/Mul")
+        scale = graph.value("Mul", [scale, x.static_scale], f"{name}/scale/Mul")
         y = graph.value("Mul", [y, scale], f"{name}/channel/Mul")
     if x.zero_point is not None:
         sums = [checkpoint.integers(linear).sum(axis=1, dtype=np.int32) for linear in linears]

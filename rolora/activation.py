@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rolora.affine import SMALLEST_SCALE, activation_range, quantize, token_scale
+from rolora.affine import SMALLEST_SCALE, activation_range, quantize, quantize_tokens
 from rolora.scheme import ActivationSpec, Granularity
 
 
@@ -61,8 +61,7 @@ def quantize_activation(
     if spec.granularity is Granularity.GROUP:
         grouped = x.reshape(x.shape[0], -1, spec.group_size or x.shape[1])
     if spec.symmetric:
-        scale = token_scale(grouped, spec.bits, spec.clip_ratio)
-        q = quantize(grouped, scale, quant_min, quant_max)
+        q, scale = quantize_tokens(grouped, spec.bits, spec.clip_ratio)
         return QuantizedActivation(q.reshape(x.shape), scale, None)
     scale, zero_point = token_scale_and_zero_point(grouped, spec.bits, spec.clip_ratio)
     q = torch.clamp(torch.round(grouped / scale + zero_point), quant_min, quant_max).to(torch.int8)

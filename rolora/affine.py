@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 1e-10
-"""Lower bound of run-time scales, so that a token of zeros stays zeros."""
+"""Lower bound of scales that are divided by, so that zeros stay zeros."""
 
 
 def activation_range(bits: int) -> tuple[int, int]:
@@ -43,6 +43,28 @@ def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor
         int8 tensor of x's shape.
     """
     return torch.clamp(torch.round(x / scale), quant_min, quant_max).to(torch.int8)
+
+
+def quantize_tokens(x: Tensor, bits: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    """Round each token (or last-dimension group) with a scale s = c m of its own, m = max|x|.
+
+    x is divided by m and then by the constant c = clip_ratio / quant_max, as the exported graph
+    does, where c is in the product's scale and m alone is left for run time. Against x / s that
+    moves a tie by the last place.
+
+    Args:
+        x: float [..., K].
+        bits: Activation bits.
+        clip_ratio: Part of the absolute maximum that the range covers.
+
+    Returns:
+        int8 [..., K]; s, float [..., 1], c for a token of zeros.
+    """
+    quant_min, quant_max = activation_range(bits)
+    factor = torch.tensor(clip_ratio / quant_max, dtype=x.dtype, device=x.device)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    largest = torch.where(largest == 0, 1.0, largest)
+    return quantize(x / largest, factor, quant_min, quant_max), largest * factor
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def run_linears(linears: list[TinyLinear], x: np.ndarray) -> np.ndarray:
 
 
 def run_quantizer(spec: ActivationSpec, scale: float | None, x: np.ndarray) -> tuple:
-    """Return the integers that the graph makes of [T, K], and its scale per token."""
+    """Return the integers that the graph makes of [T, K], and the scale of each token."""
     graph, value = start(x.shape[1])
     array = None if scale is None else np.float32(scale)
     q = quantize_input(graph, value, spec, array, "input")
@@ -132,7 +132,11 @@ def run_quantizer(spec: ActivationSpec, scale: float | None, x: np.ndarray) -> t
         outputs.append((1, (q.token_scale, ir.DataType.FLOAT)))
     results = run(graph, value, outputs, x[None])
     integers = results[0][0].astype(np.int16) - CPU_FORMAT.zero_point
-    return integers, results[1][0] if len(results) > 1 else np.float32(scale)
+    if len(results) == 1:
+        return integers, np.float32(scale)
+    factor = q.static_scale.const_value
+    assert factor is not None
+    return integers, results[1][0] * factor.numpy()
 
 
 def reference_quantizer(spec: ActivationSpec, scale: float | None, x: np.ndarray) -> tuple:
@@ -178,12 +182,11 @@ def test_token_integers_and_scales_equal_the_reference(bits: int, clip_ratio: fl
     quant_max = activation_range(bits)[1]
     tied = np.resize(np.arange(-quant_max, quant_max + 0.5, 0.5), 48).astype(np.float32)
     tied[0] = quant_max / clip_ratio  # the scale is 1 now, or next to it
-    x = np.concatenate([rows, tied[None], np.zeros((1, 48), np.float32)])
+    x = np.concatenate([rows, tied[None]])
     found, scales = run_quantizer(spec, None, x)
     expected, expected_scales = reference_quantizer(spec, None, x)
     np.testing.assert_array_equal(scales, expected_scales)
     np.testing.assert_array_equal(found, expected)
-    assert not found[-1].any()
     if clip_ratio < 1.0:
         assert (found == quant_max).sum(axis=1)[:64].max() > 1, "nothing saturated"
 
@@ -199,8 +202,23 @@ def test_token_integers_equal_the_reference_for_any_row(
 ) -> None:
     spec = ActivationSpec(bits, TOKEN, clip_ratio)
     x = np.array([row], np.float32)
-    found, _ = run_quantizer(spec, None, x)
-    np.testing.assert_array_equal(found, reference_quantizer(spec, None, x)[0])
+    found, scales = run_quantizer(spec, None, x)
+    if x.any():
+        np.testing.assert_array_equal(found, reference_quantizer(spec, None, x)[0])
+    else:  # 0 / 0: whatever the integers are, they stand for 0
+        assert not (found * scales).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_of_zeros_is_a_row_of_biases(bits: int) -> None:
+    linear = TinyLinear("w", (8, 32), WeightSpec(8), ActivationSpec(bits, TOKEN), bias=True)
+    x = np.random.default_rng(0).normal(size=(1, 3, 32)).astype(np.float32)
+    x[0, 1] = 0
+    found = run_linears([linear], x)[0]
+    assert linear.module.bias is not None
+    np.testing.assert_array_equal(found[1], linear.module.bias.numpy())
+    assert np.isfinite(found).all()
+    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
