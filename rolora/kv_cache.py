@@ -9,6 +9,12 @@ CPU kernel of ONNX Runtime's GroupQueryAttention stores, so what is evaluated ca
 
     q = clamp(round_half_even(x / s), -128, 127)                              x' = s q
 
+Scales of values have the least squared error on the calibration tokens. Those of keys leave room
+for keys that calibration has not seen: a clipped one is a wrong score for all later queries, and
+attention sinks are keys of that kind. On SmolLM2-135M and C4 the divergence from a float cache is
+0.0033 with the least squared error for both, 0.0028 with the greatest key, and 0.0011 with 1.3
+times that, or 1.5 times.
+
 4 bits (TOKEN): one scale and zero point a token and head, taken from the least and greatest of its
 head_dim numbers (QuaRot, arXiv:2404.00456).
 
@@ -40,6 +46,8 @@ from rolora.rtn import quantize_weight
 from rolora.scheme import Granularity, WeightSpec
 
 KV_BITS = (8, 4)
+KEY_ROOM = 1.3
+"""Range of a channel's keys over the greatest that calibration saw."""
 FLOAT_KV_BITS = 16
 """The bit width that means "leave the cache in float"."""
 
@@ -172,7 +180,7 @@ class CacheRecorder(nn.Module):
             parts = {"key_gain": gain, "key_mean": mean}
         else:
             parts = {
-                "key_scale": channel_scales(self._rotated(_by_channel(self._keys)), bits),
+                "key_scale": key_scales(self._rotated(_by_channel(self._keys)), bits),
                 "value_scale": channel_scales(_by_channel(self._values), bits),
             }
         stored = {name: part.unsqueeze(1) for name, part in parts.items()}
@@ -209,12 +217,26 @@ def _for_queries(part: Tensor, heads: int) -> Tensor:
     return part.repeat_interleave(heads // part.shape[0], dim=0)
 
 
+def key_scales(channels: Tensor, bits: int) -> Tensor:
+    """Return the scale of each channel of keys, with room for greater ones than were seen.
+
+    Args:
+        channels: Finite float [kv_heads, head_dim, tokens].
+        bits: 8.
+
+    Returns:
+        float32 [kv_heads, head_dim], positive.
+    """
+    greatest = channels.abs().amax(dim=2) * KEY_ROOM
+    return (greatest / activation_range(bits)[1]).clamp(min=SMALLEST_SCALE).float()
+
+
 def channel_scales(channels: Tensor, bits: int) -> Tensor:
     """Return the scale of each channel with the least squared rounding error.
 
     Args:
-        channels: Keys or values, finite float [kv_heads, head_dim, tokens].
-        bits: 4 or 8.
+        channels: Values, finite float [kv_heads, head_dim, tokens].
+        bits: 8.
 
     Returns:
         float32 [kv_heads, head_dim].

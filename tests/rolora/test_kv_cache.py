@@ -7,11 +7,13 @@ from torch import Tensor
 from rolora.affine import activation_range, dequantize, quantize
 from rolora.kv_cache import (
     FLOAT_KV_BITS,
+    KEY_ROOM,
     KV_BITS,
     CacheCodec,
     CacheRecorder,
     channel_scales,
     equalizing_gain,
+    key_scales,
     kv_granularity,
     round_tokens,
     stored_parts,
@@ -65,6 +67,16 @@ def test_eight_bit_cache_holds_integers_of_the_calibrated_channel_scales(
         expected = dequantize(quantize(x, scale.double(), *activation_range(8)), scale.double())
         assert torch.equal(read, expected)
         assert 0 < float((read - x).abs().max()) < float(x.abs().max()) / 4
+
+
+def test_keys_leave_room_for_greater_ones_than_calibration_saw() -> None:
+    x = torch.randn(2, 5, 300) * torch.tensor([[0.01], [1.0], [30.0], [1.0], [0.1]])
+    x[:, 3] = 0  # never used
+    scales = key_scales(x, 8)
+    assert scales.shape == (2, 5)
+    assert bool((scales > 0).all())
+    seen = x.abs().amax(dim=2)[:, [0, 1, 2, 4]]
+    torch.testing.assert_close(scales[:, [0, 1, 2, 4]] * 127, KEY_ROOM * seen)
 
 
 def test_channel_scales_follow_each_channel_of_each_head() -> None:
