@@ -533,6 +533,13 @@ def merge_rotate_quantize_command(
         KindName, typer.Option(help="How the rotations are drawn.")
     ] = KindName.HADAMARD,
     rotation_seed: Annotated[int, typer.Option(help="Seed of the rotations.")] = 0,
+    rotation_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels that the rotations at run time mix (R4, and R1 with --equalize): 64 is "
+            "faster and mixes less. Default: all."
+        ),
+    ] = None,
     rotation: Annotated[Path | None, typer.Option(help=ROTATION_HELP)] = None,
     weights: Annotated[
         WeightsName, typer.Option(help="How weights are rounded.")
@@ -673,6 +680,7 @@ def merge_rotate_quantize_command(
             stored_rotation=rotation,
             kv_bits=kv_bits,
             equalize=equalize,
+            rotation_block=rotation_block,
         )
     if dry_run:
         _print_json(

@@ -66,11 +66,10 @@ class Checkpoint(CheckpointReader[DecoderNames]):
             own, stored = table_keys(self.names.head), table_keys(self.names.embedding)
             self.share(dict(zip(own, stored, strict=True)))
 
-    def online_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the float32 factors (left, right) of R4, or None without it."""
-        if self.rotation is None or self.rotation.r4 is None:
-            return None
-        return self.rotation.r4.left.float().numpy(), self.rotation.r4.right.float().numpy()
+    @property
+    def r4(self) -> Rotation | None:
+        """R4, which acts at run time, or None without it."""
+        return None if self.rotation is None else self.rotation.r4
 
     @property
     def shares_table(self) -> bool:
@@ -82,14 +81,11 @@ class Checkpoint(CheckpointReader[DecoderNames]):
         """R1, if the embedding's rows are stored rotated by it: as the head reads them."""
         return self.rotation.r1 if self.shares_table and self.rotation is not None else None
 
-    def online_r1(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return signs [l * r] and factors of an R1 that acts at run time, float32; else None."""
+    @property
+    def online_r1(self) -> Rotation | None:
+        """R1 where it acts at run time, else None."""
         plan = self.rotation
-        if plan is None or plan.r1 is None or plan.rotates_stream(self.names):
-            return None
-        r1, signs = plan.r1, plan.r1.signs
-        signs = torch.ones(r1.size) if signs is None else signs.float()
-        return signs.numpy(), r1.left.float().numpy(), r1.right.float().numpy()
+        return None if plan is None or plan.rotates_stream(self.names) else plan.r1
 
     @property
     def r3(self) -> np.ndarray | None:

@@ -190,6 +190,8 @@ class CheckpointSettings:
     """Of the KV cache: 8, 4, or 16 for float."""
     equalize: bool | None = None
     """Scale channels in front of the rotations; None is yes for inputs of few bits."""
+    rotation_block: int | None = None
+    """Channels that rotations at run time mix; None is all of them."""
 
     def __post_init__(self) -> None:
         """Check what can be checked before a model is loaded.
@@ -231,6 +233,7 @@ class CheckpointSettings:
             "rotate": None if choice is None else sorted(choice.names),
             "rotation_kind": None if choice is None else str(choice.kind),
             "rotation_seed": None if choice is None else choice.seed,
+            "rotation_block": self.rotation_block,
             "rotation": None if self.stored_rotation is None else str(self.stored_rotation),
             "recipe": recipe,
             "kv_bits": self.kv_bits,

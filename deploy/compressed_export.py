@@ -51,7 +51,7 @@ from deploy.weight_files import CONFIG_NAME
 from rolora.affine import dequantize
 from rolora.kronecker import Rotation
 from rolora.linear import dequantized_weight
-from rolora.rotation import applications
+from rolora.rotation_table import applications
 from rolora.scheme import Granularity
 
 _LIBRARY = "compressed-tensors"
@@ -201,12 +201,14 @@ def _transform_config(checkpoint: Checkpoint) -> TransformConfig | None:
             f"{plan.r4.size} ({error}); make the checkpoint again with rolora "
             f"merge-rotate-quantize --rotate r1,r2"
         ) from error
+    width = checkpoint.names.intermediate_size
     online = [entry.fqn for entry in applications(plan, checkpoint.names) if entry.online]
     part = online[0].rpartition(".")[2]
     return TransformConfig(
         config_groups={
             TRANSFORM_NAME: TransformScheme(
                 type="random-hadamard",
+                head_dim=None if plan.r4.size == width else plan.r4.size,
                 apply=[TransformArgs(targets=[f"re:.*\\.{part}$"], location="input")],
                 precision=torch.float32,
             )

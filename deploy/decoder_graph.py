@@ -32,6 +32,7 @@ from deploy.linear_ops import packed_name
 from deploy.session import HIDDEN_NAME
 from rolora.decoder import BlockNames
 from rolora.fold import norms_and_readers
+from rolora.kronecker import Rotation
 
 HEAD_DIM_MULTIPLE = 16
 """What GroupQueryAttention demands of the head size, and of the part of it that it rotates."""
@@ -166,13 +167,14 @@ class DecoderGraph:
 
     def _unrotated(self, rows: ir.Value) -> ir.Value:
         """Undo the R1 that a table of embedding and head is stored in."""
-        factors = None if self.checkpoint.table_rotation is None else self.checkpoint.online_r1()
-        if factors is None:
+        r1, width = self.checkpoint.table_rotation, self.names.hidden_size
+        if r1 is None:
             return rows
-        signs, left, right = factors
-        rows = self._rotate_online(rows, (left.T, right.T), "embedding/R1")
-        signs_value = self.graph.constant(signs.astype(self.dtype.numpy()))
-        return self.graph.value("Mul", [rows, signs_value], "embedding/R1/Mul")
+        rows = self._rotate_online(rows, Rotation(r1.left.T, r1.right.T), width, "embedding/R1")
+        if r1.signs is None:
+            return rows
+        signs = self.graph.constant(r1.signs.numpy().astype(self.dtype.numpy()))
+        return self.graph.value("Mul", [rows, signs], "embedding/R1/Mul")
 
     def _norm(
         self, fqn: str, stream: ir.Value, delta: ir.Value | None
@@ -244,9 +246,9 @@ class DecoderGraph:
         """Add the gain of a norm, with the signs of the R1 that acts behind it."""
         gain = self.checkpoint.array(f"{fqn}.weight")
         whole = (gain + np.asarray(self.names.norm_offset, gain.dtype)).astype(self.dtype.numpy())
-        factors = self.checkpoint.online_r1()
-        if factors is not None and fqn in self._stream_norms:
-            whole = whole * factors[0].astype(whole.dtype)
+        r1 = self.checkpoint.online_r1
+        if r1 is not None and r1.signs is not None and fqn in self._stream_norms:
+            whole = whole * r1.signs.numpy().astype(whole.dtype)
         return self.graph.weight(f"{fqn}.weight", ir.tensor(whole))
 
     def _attend(
@@ -286,7 +288,9 @@ class DecoderGraph:
         gate = self._linear([block.gate], normed, quantized, block.gate)
         up = self._linear([block.up], normed, quantized, block.up)
         hidden = graph.value("Mul", [self._activated(gate, prefix), up], f"{prefix}/Mul")
-        hidden = self._rotate_online(hidden, self.checkpoint.online_factors(), f"{prefix}/R4")
+        hidden = self._rotate_online(
+            hidden, self.checkpoint.r4, self.names.intermediate_size, f"{prefix}/R4"
+        )
         return self._linear([block.down], hidden, self._quantized(block.down, hidden), block.down)
 
     def _activated(self, gate: ir.Value, prefix: str) -> ir.Value:
@@ -306,26 +310,27 @@ class DecoderGraph:
 
         Its signs are in the gain of the norm.
         """
-        factors = self.checkpoint.online_r1()
-        if factors is None:
-            return normed
-        return self._rotate_online(normed, factors[1:], f"{prefix}/R1")
+        r1 = self.checkpoint.online_r1
+        return self._rotate_online(normed, r1, self.names.hidden_size, f"{prefix}/R1")
 
     def _rotate_online(
-        self, hidden: ir.Value, factors: tuple[np.ndarray, np.ndarray] | None, name: str
+        self, hidden: ir.Value, rotation: Rotation | None, width: int, name: str
     ) -> ir.Value:
-        """Apply the Kronecker product of two small matrices, as two MatMuls."""
-        if factors is None:
+        """Apply left (x) right of a rotation, without its signs, to each block of `width`."""
+        if rotation is None:
             return hidden
-        left, right = (factor.astype(self.dtype.numpy()) for factor in factors)
         graph = self.graph
-        split = graph.constant(np.array([0, 0, left.shape[0], right.shape[0]], np.int64))
-        joined = graph.constant(np.array([0, 0, left.shape[0] * right.shape[0]], np.int64))
-        x = graph.value("Reshape", [hidden, split], f"{name}/split/Reshape")
-        x = graph.value("MatMul", [x, graph.constant(right)], f"{name}/right/MatMul")
-        x = graph.value(
-            "MatMul", [graph.constant(np.ascontiguousarray(left.T)), x], f"{name}/left/MatMul"
+        left, right = (
+            graph.constant(np.ascontiguousarray(factor.numpy().astype(self.dtype.numpy())))
+            for factor in (rotation.left.T, rotation.right)
         )
+        columns = rotation.right.shape[0]
+        split = graph.constant(np.array([0, 0, width // columns, columns], np.int64))
+        joined = graph.constant(np.array([0, 0, width], np.int64))
+        x = graph.value("Reshape", [hidden, split], f"{name}/split/Reshape")
+        x = graph.value("MatMul", [x, right], f"{name}/right/MatMul")
+        if rotation.left.shape[0] > 1:
+            x = graph.value("MatMul", [left, x], f"{name}/left/MatMul")
         return graph.value("Reshape", [x, joined], f"{name}/join/Reshape")
 
     def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:

@@ -97,6 +97,7 @@ def merge_rotate_quantize(
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     is_fresh = stored is None and (adapter is None or adapter.rotation is None)
     equalizes = _equalizes(settings, plan, is_fresh)
+    _require_blocks(settings, plan, names, is_fresh=is_fresh, equalizes=equalizes)
     if settings.shares_table:
         _require_one_table(source, adapter, plan, equalizes=equalizes)
     if settings.recipe is not None:
@@ -130,6 +131,8 @@ def merge_rotate_quantize(
                 source.begin(None, lambda: batches, progress)
                 scales = measure_equalization(source, settings, batches, progress)
             plan = plan.with_equalization(scales)
+        if plan is not None and settings.rotation_block is not None:
+            plan = plan.in_blocks(names, settings.rotation_block)
         source.begin(plan, lambda: batches or _calibration(source, settings), progress)
         planned = _plan(source, settings, batches, progress)
         progress("quantizing part by part")
@@ -246,6 +249,43 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
             "its own; leave --equalize out"
         )
     return settings.equalize
+
+
+def _require_blocks(
+    settings: CheckpointSettings,
+    plan: RotationPlan | None,
+    names: DecoderNames,
+    *,
+    is_fresh: bool,
+    equalizes: bool,
+) -> None:
+    """Refuse blocks of channels for rotations that cannot act on them.
+
+    Raises:
+        ConfigError: No rotation acts at run time, the rotation is that of another artifact, or the
+            size does not fit the model.
+    """
+    size = settings.rotation_block
+    if size is None:
+        return
+    if plan is not None and not is_fresh:
+        raise ConfigError(
+            f"--rotation-block {size}: the rotation is that of another artifact, with or without "
+            f"blocks of its own; leave --rotation-block out"
+        )
+    at_run_time = plan is not None and (
+        plan.r4 is not None
+        or (plan.r1 is not None and (equalizes or not plan.rotates_stream(names)))
+    )
+    if plan is None or not at_run_time:
+        raise ConfigError(
+            f"--rotation-block {size}: no rotation acts at run time (r4 does, and r1 with "
+            f"--equalize); leave --rotation-block out"
+        )
+    try:
+        plan.in_blocks(names, size)
+    except ValueError as error:
+        raise ConfigError(f"--rotation-block: {error}") from error
 
 
 def _require_one_table(

@@ -9,7 +9,8 @@ from deploy.artifact import ArtifactKind, read_manifest, verify_files
 from deploy.errors import ConfigError
 from deploy.rotation_file import load_rotation
 from rolora.decoder import DecoderNames
-from rolora.rotation import RotationPlan, applications
+from rolora.rotation import RotationPlan
+from rolora.rotation_table import applications
 
 
 @dataclass(frozen=True)

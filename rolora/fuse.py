@@ -30,7 +30,8 @@ from rolora.decoder import DecoderNames
 from rolora.equalization import scale_delta
 from rolora.fold import norm_gain, norms_and_readers, row_chunks
 from rolora.kronecker import Rotation
-from rolora.rotation import Application, RotationName, RotationPlan, Side, applications
+from rolora.rotation import RotationName, RotationPlan
+from rolora.rotation_table import Application, Side, applications
 
 
 def fuse_rotations(

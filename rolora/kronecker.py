@@ -28,7 +28,7 @@ class Rotation:
     """An orthogonal matrix R = diag(signs) (left (x) right)."""
 
     left: Tensor
-    """[l, l], float64, orthogonal."""
+    """[l, l], float64, orthogonal; of order 1 it is [[1]], and `right` is all of it."""
     right: Tensor
     """[r, r], float64, orthogonal."""
     signs: Tensor | None = None
@@ -98,7 +98,12 @@ def factored_hadamard_rotation(left_signs: Tensor, right_signs: Tensor) -> Rotat
         signs.unsqueeze(1) * _normalized_hadamard(signs.shape[0])
         for signs in (left_signs, right_signs)
     )
-    return Rotation(left, right)
+    return factored_rotation(left, right)
+
+
+def factored_rotation(left: Tensor, right: Tensor) -> Rotation:
+    """Build left (x) right from orthogonal matrices [l, l] and [r, r], float64."""
+    return dense_rotation(left * right) if left.shape[0] == 1 else Rotation(left, right)
 
 
 def dense_rotation(matrix: Tensor) -> Rotation:

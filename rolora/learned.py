@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from rolora.decoder import DecoderNames
 from rolora.head_loss import Head, cross_entropy, divergence
 from rolora.rotated_inputs import Basis, RotatedInputs
-from rolora.rotation import RotationPlan, applications
+from rolora.rotation import RotationPlan
+from rolora.rotation_table import applications
 from rolora.scheme import QuantizationRecipe
 from rolora.stiefel import cayley_step, nearest_orthogonal
 

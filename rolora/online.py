@@ -3,6 +3,7 @@
 The other half, the inverse in the weight, is in the same table (`applications`) and fused by
 `fuse_rotations`. With R = left (x) right a vector x, read as a matrix X [l, r], becomes
 left^T X right: two small products, l + r multiply-adds per element, instead of one with n = l r.
+A rotation of blocks of channels is one small product per block.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from rolora.blocks import readers_by_linear
 from rolora.decoder import DecoderNames
 from rolora.kronecker import Rotation
-from rolora.rotation import RotationPlan, Side, applications
+from rolora.rotation import RotationPlan
+from rolora.rotation_table import Side, applications
 
 
 class OnlineRotation(nn.Module):
-    """Rotate the last dimension by R = left (x) right.
+    """Rotate the last dimension, or each block of it, by R = left (x) right.
 
     Args:
         rotation: R4, or R1 where it is online.
@@ -29,7 +31,7 @@ class OnlineRotation(nn.Module):
         device: Where the matrices are kept.
 
     Equivalent to:
-        `x @ rotation.dense()`
+        `(x.unflatten(-1, (-1, rotation.size)) @ rotation.dense()).flatten(-2)`
     """
 
     left: Tensor
@@ -52,11 +54,15 @@ class OnlineRotation(nn.Module):
         self.register_buffer("signs", signs, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate x [..., l * r]; computes in the dtype of the matrices, returns the dtype of x."""
-        groups = x.reshape(*x.shape[:-1], self.left.shape[0], self.right.shape[0]).to(self.left)
+        """Rotate x [..., m * l * r], in the dtype of the matrices; returns the dtype of x."""
+        groups = x.reshape(*x.shape[:-1], -1, self.right.shape[0]).to(self.left)
+        if self.left.shape[0] > 1:
+            groups = groups.unflatten(-2, (-1, self.left.shape[0]))
         if self.signs is not None:
             groups = groups * self.signs
-        groups = self.left.T @ (groups @ self.right)  # [l, l] x ([..., l, r] x [r, r])
+        groups = groups @ self.right  # [..., l, r] x [r, r]
+        if self.left.shape[0] > 1:
+            groups = self.left.T @ groups
         return groups.reshape(x.shape).to(x)
 
 

@@ -1,12 +1,9 @@
-"""Rotations of a decoder as data: which matrices, and where each half of each rotation acts.
+"""Rotations of a decoder as data: which matrices there are, drawn, saved and found again.
 
-Activations are row vectors, so a rotation is y = x R with R R^T = I. It changes nothing when each R
-that a module puts on its output is undone at the input of every module that reads it::
+    R1  residual stream                         R2  values, a head at a time, one for each layer
+    R3  queries and keys, a head at a time      R4  MLP activation
 
-    R1  residual stream  embedding, o, down put it on; q, k, v, gate, up, head undo it
-    R2  one per layer    v puts it on each head of its output; o undoes it on each head of its input
-    R3  queries and keys put on at run time behind the rotary embedding; undone by their product
-    R4  MLP activation   put on at run time in front of down; down undoes it in its weight
+Where each half of them acts is `rolora.rotation_table`.
 
 R1 asks that nothing but a linear writes the residual stream. Where a norm does (Gemma), its gains
 stand between the linear and the stream, and no rotation in front passes them. There the stream
@@ -20,8 +17,6 @@ differ from norm to norm, and an R1 in the stream could not follow them.
 R2 passes through attention because attention only averages the value vectors of one head over
 positions; query heads that share a key-value head share its R2. R3 is the same for every head and
 layer; it helps only a quantized KV cache, so it is not among `DEFAULT_ROTATIONS`.
-`applications` lists both halves of all of them in one table, which fusing, adapters and the export
-read.
 
 - Kind `hadamard`: R = diag(signs) H / sqrt(n). For R4, which costs time at every token, the signs
   are drawn per factor of H, so that two small matrices are all of it.
@@ -29,6 +24,9 @@ read.
   Kronecker product of two, from the most balanced factors of its size (dense if it is prime).
 - Kind `learned`: R1 and R2 are matrices, R4 is signs as for `hadamard`. Drawing it gives the random
   Hadamard matrices where learning (`rolora.learned`) starts; `with_matrices` puts in where it ends.
+
+What acts at run time may act on blocks of channels (`in_blocks`): each block of 64 is multiplied by
+one small matrix, which is faster and mixes less than the whole width through two.
 
 Sources: QuaRot (arXiv:2404.00456), SpinQuant (2405.16406) for R2 offline, RoLoRA (2407.08044).
 Departure: RoLoRA's release redraws its rotation at merge time and lands in another basis. Here what
@@ -56,6 +54,7 @@ from rolora.kronecker import (
     check_signs,
     dense_rotation,
     factored_hadamard_rotation,
+    factored_rotation,
     hadamard_rotation,
     probe_hadamard,
     random_signs,
@@ -83,32 +82,11 @@ class RotationName(StrEnum):
     R4 = "R4"
 
 
+LARGEST_BLOCK = 256
+"""Most channels of a block; more take longer than the whole width through two factors."""
+
 DEFAULT_ROTATIONS = frozenset({RotationName.R1, RotationName.R2, RotationName.R4})
 """What a model is rotated by whose KV cache is not quantized."""
-
-
-class Side(StrEnum):
-    """Side of a module on which a rotation acts."""
-
-    INPUT = "input"
-    OUTPUT = "output"
-
-
-@dataclass(frozen=True)
-class Application:
-    """One half of one rotation: where it acts, and in which direction."""
-
-    fqn: str
-    """Dotted name of the module."""
-    side: Side
-    rotation: RotationName
-    layer: int | None
-    """Index of the block; None for the embedding and the head."""
-    inverse: bool
-    """True where the module undoes the rotation of what it reads."""
-    online: bool
-    """True for a rotation at run time, False for one in the weight: in front of the module (R4, and
-    R1 where it is not in the residual stream), or behind it and the rotary embedding (R3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +99,14 @@ class RotationPlan:
     content: Mapping[str, Tensor]
     """What was drawn: signs or matrices, under the names of `to_tensors`. The rest follows."""
     r1: Rotation | None
-    """Size hidden_size."""
+    """Size hidden_size, or of a block of it."""
     r2: tuple[Rotation, ...] | None
     """One per block, each of size head_dim."""
     r3: Rotation | None
     """Size head_dim, shared by all heads and blocks."""
     r4: Rotation | None
-    """Size intermediate_size, shared by all blocks; `left` and `right` are all of it (no signs)."""
+    """Size intermediate_size, or of a block of channels; shared by all blocks of the decoder;
+    `left` and `right` are all of it (no signs)."""
     equalization: Equalization | None = None
     """Scales that are put on before any rotation."""
 
@@ -157,19 +136,15 @@ class RotationPlan:
             ValueError: Kind `hadamard` or `learned` and a size that no construction reaches; the
                 message names the rotation, the size and the way out.
         """
-        sizes = {
-            RotationName.R1: ("hidden_size", names.hidden_size),
-            RotationName.R2: ("head_dim", names.head_dim),
-            RotationName.R3: ("head_dim", names.head_dim),
-            RotationName.R4: ("intermediate_size", names.intermediate_size),
-        }
+        sizes = rotated_widths(names)
         content: dict[str, Tensor] = {}
         for name in sorted(set(rotations)):
             label, size = sizes[name]
             number = len(names.blocks) if name is RotationName.R2 else 1
             try:
                 layers = [0] * number if one_r2 else range(number)
-                drawn = [_draw(kind, name, size, seed, layer) for layer in layers]
+                orders = _orders(kind, name, size)
+                drawn = [_draw(kind, name, orders, seed, layer) for layer in layers]
             except ValueError as error:
                 raise ValueError(f"{name} over {label} = {size}: {error}") from error
             for entry in drawn[0]:
@@ -231,6 +206,37 @@ class RotationPlan:
         drawn = RotationPlan.draw(names, [RotationName.R3], self.kind, self.seed)
         return RotationPlan._build(self.kind, self.seed, {**self.content, **drawn.content})
 
+    def in_blocks(self, names: DecoderNames, size: int) -> RotationPlan:
+        """Return a plan of its kind and seed whose rotations at run time act on blocks of channels.
+
+        These are R4, and R1 where it is not in the residual stream; the others stay as they are.
+
+        Args:
+            names: Parts of the decoder.
+            size: Channels of a block, at most `LARGEST_BLOCK`.
+
+        Raises:
+            ValueError: The size is out of range, divides a width not, or has no Hadamard matrix; or
+                this plan is a learned one.
+        """
+        if self.kind is RotationKind.LEARNED:
+            raise ValueError("rotation plan: expected one that is drawn, got a learned one")
+        at_run_time = {RotationName.R4}
+        if not self.rotates_stream(names):
+            at_run_time.add(RotationName.R1)
+        content = dict(self.content)
+        for name in sorted(at_run_time & self.names):
+            _, width = rotated_widths(names)[name]
+            if not 2 <= size <= LARGEST_BLOCK or width % size:
+                raise ValueError(
+                    f"{name} in blocks: expected a size from 2 to {LARGEST_BLOCK} that divides the "
+                    f"{width} channels, got {size}"
+                )
+            drawn = _draw(self.kind, name, (1, size), self.seed, 0)
+            content = {key: old for key, old in content.items() if not key.startswith(f"{name}.")}
+            content |= {f"{name}.{entry}": tensor for entry, tensor in drawn.items()}
+        return self._build(self.kind, self.seed, content)
+
     @classmethod
     def from_saved(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RotationPlan:
         """Rebuild a plan from what `to_metadata` and `to_tensors` returned.
@@ -260,7 +266,8 @@ class RotationPlan:
         Kind `hadamard` (int8, +-1): `R1.signs` [hidden], `R2.signs` [layers, head_dim],
         `R3.signs` [head_dim], `R4.left_signs` [l], `R4.right_signs` [r]. Kind `orthogonal`
         (float64): `R1.matrix` [hidden, hidden], `R2.matrix` [layers, head_dim, head_dim],
-        `R3.matrix` [head_dim, head_dim], `R4.left` [l, l], `R4.right` [r, r]. Kind `learned`: R1
+        `R3.matrix` [head_dim, head_dim], `R4.left` [l, l], `R4.right` [r, r]. An R1 on blocks has
+        two factors as R4 has, the left of order 1. Kind `learned`: R1
         and R2 as in `orthogonal`, R3 and R4 as in `hadamard`. An equalization adds
         `equalization.<name>`, float64, of the shapes that `Equalization` says.
         """
@@ -281,6 +288,12 @@ class RotationPlan:
             "digest": self.digest,
             "rotations": rotations,
         } | ({} if self.equalization is None else {"equalized": True})
+
+    def fits(self, name: RotationName, channels: int) -> bool:
+        """Return whether a rotation is for so many channels; one on blocks fits multiples."""
+        rotation = self.find(name, 0)
+        on_blocks = _in_factors(name, self.content) and rotation.left.shape[0] == 1
+        return rotation.size == channels or (on_blocks and channels % rotation.size == 0)
 
     @property
     def digest(self) -> str:
@@ -332,7 +345,8 @@ class RotationPlan:
     def _build(cls, kind: RotationKind, seed: int, content: dict[str, Tensor]) -> RotationPlan:
         """Check content and make its rotations; a drawn and a loaded plan both come from here."""
         expected = {
-            name: [f"{name}.{entry}" for entry in _entries(kind, name)] for name in RotationName
+            name: [f"{name}.{entry}" for entry in _entries(kind, name, _in_factors(name, content))]
+            for name in RotationName
         }
         known = {key for keys in expected.values() for key in keys} | set(KEYS)
         unknown = sorted(content.keys() - known)
@@ -361,68 +375,14 @@ class RotationPlan:
         return cls(kind, seed, content, r1, members.get(RotationName.R2), r3, r4, equalization)
 
 
-def applications(plan: RotationPlan, names: DecoderNames) -> list[Application]:
-    """List where the rotations of a plan act: both halves of each, in the order data meets them.
-
-    R3 has no second half: it acts on the outputs of query and key, after their norms and the rotary
-    embedding, and the product of the two undoes it.
-
-    Raises:
-        ValueError: The plan was drawn for a decoder of other sizes.
-    """
-    _check_sizes(plan, names)
-    r1, r2, r3, r4 = RotationName
-    rotates_stream = plan.rotates_stream(names)
-    # What no linear can put on: it acts behind a product or a norm.
-    at_run_time = {r3, r4} if rotates_stream else {r1, r3, r4}
-    table = [Application(names.embedding, Side.OUTPUT, r1, None, inverse=False, online=False)]
-    table = table if rotates_stream else []
-    for layer, block in enumerate(names.blocks):
-        rows = (
-            (block.query, Side.INPUT, r1),
-            (block.key, Side.INPUT, r1),
-            (block.value, Side.INPUT, r1),
-            (block.query, Side.OUTPUT, r3),
-            (block.key, Side.OUTPUT, r3),
-            (block.value, Side.OUTPUT, r2),
-            (block.output, Side.INPUT, r2),
-            (block.output, Side.OUTPUT, r1),
-            (block.gate, Side.INPUT, r1),
-            (block.up, Side.INPUT, r1),
-            (block.down, Side.INPUT, r4),
-            (block.down, Side.OUTPUT, r1),
-        )
-        for fqn, side, rotation in rows:
-            undoes = side is Side.INPUT
-            if rotation is r1 and not undoes and not rotates_stream:
-                continue
-            if rotation in at_run_time:
-                table.append(Application(fqn, side, rotation, layer, inverse=False, online=True))
-            if rotation is r3:
-                continue
-            table.append(Application(fqn, side, rotation, layer, inverse=undoes, online=False))
-    if not rotates_stream:
-        table.append(Application(names.head, Side.INPUT, r1, None, inverse=False, online=True))
-    table.append(Application(names.head, Side.INPUT, r1, None, inverse=True, online=False))
-    return [application for application in table if application.rotation in plan.names]
-
-
-def _check_sizes(plan: RotationPlan, names: DecoderNames) -> None:
-    sizes = {
-        "R1, hidden_size": (plan.r1 and plan.r1.size, names.hidden_size),
-        "R2, head_dim": (plan.r2 and plan.r2[0].size, names.head_dim),
-        "R2, number of layers": (plan.r2 and len(plan.r2), len(names.blocks)),
-        "R3, head_dim": (plan.r3 and plan.r3.size, names.head_dim),
-        "R4, intermediate_size": (plan.r4 and plan.r4.size, names.intermediate_size),
+def rotated_widths(names: DecoderNames) -> dict[RotationName, tuple[str, int]]:
+    """Return how many channels each rotation is for, and how a model's configuration calls them."""
+    return {
+        RotationName.R1: ("hidden_size", names.hidden_size),
+        RotationName.R2: ("head_dim", names.head_dim),
+        RotationName.R3: ("head_dim", names.head_dim),
+        RotationName.R4: ("intermediate_size", names.intermediate_size),
     }
-    for label, (got, expected) in sizes.items():
-        if got is not None and got != expected:
-            raise ValueError(
-                f"{label}: expected {expected} as in the model, got a rotation plan with {got}, "
-                f"drawn for another model; use the artifact that belongs to this model"
-            )
-    if plan.equalization is not None:
-        plan.equalization.require_sizes(names)
 
 
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:
@@ -432,26 +392,37 @@ def _are_signs(kind: RotationKind, name: RotationName) -> bool:
     return kind is RotationKind.HADAMARD or (learned and fixed)
 
 
-def _entries(kind: RotationKind, name: RotationName) -> tuple[str, ...]:
-    """Name the tensors of one rotation; R4 is kept per factor."""
+def _in_factors(name: RotationName, content: Mapping[str, Tensor]) -> bool:
+    """Tell whether a rotation is kept as two factors: R4 is, and an R1 on blocks."""
+    return name is RotationName.R4 or any(key.startswith(f"{name}.left") for key in content)
+
+
+def _entries(kind: RotationKind, name: RotationName, in_factors: bool) -> tuple[str, ...]:
+    """Name the tensors of one rotation."""
     if _are_signs(kind, name):
-        return ("left_signs", "right_signs") if name is RotationName.R4 else ("signs",)
-    return ("left", "right") if name is RotationName.R4 else ("matrix",)
+        return ("left_signs", "right_signs") if in_factors else ("signs",)
+    return ("left", "right") if in_factors else ("matrix",)
 
 
 def _draw(
-    kind: RotationKind, name: RotationName, size: int, seed: int, layer: int
+    kind: RotationKind, name: RotationName, orders: tuple[int, ...], seed: int, layer: int
 ) -> dict[str, Tensor]:
+    """Draw what is kept of a rotation: one tensor, or one for each of two factors."""
     key = hashlib.sha256(f"{seed} {name} {layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
     hadamard = kind is not RotationKind.ORTHOGONAL
-    factors = hadamard_factors(size) if hadamard else balanced_factors(size)
-    orders = factors if name is RotationName.R4 else (size,)
     draw_one = random_signs if hadamard else random_orthogonal
     drawn = [draw_one(order, generator) for order in orders]
     if hadamard and not _are_signs(kind, name):
         drawn = [hadamard_rotation(signs).dense() for signs in drawn]
-    return dict(zip(_entries(kind, name), drawn, strict=True))
+    return dict(zip(_entries(kind, name, len(orders) == 2), drawn, strict=True))
+
+
+def _orders(kind: RotationKind, name: RotationName, size: int) -> tuple[int, ...]:
+    """Return the sizes of what is drawn: R4 through its fastest factors, the others whole."""
+    hadamard = kind is not RotationKind.ORTHOGONAL
+    factors = hadamard_factors(size) if hadamard else balanced_factors(size)
+    return factors if name is RotationName.R4 else (size,)
 
 
 def _check_content(kind: RotationKind, name: RotationName, key: str, tensor: Tensor) -> None:
@@ -468,7 +439,7 @@ def _build_rotation(kind: RotationKind, name: RotationName, tensors: list[Tensor
     if _are_signs(kind, name):
         single, factored = hadamard_rotation, factored_hadamard_rotation
         return single(*tensors) if len(tensors) == 1 else factored(*tensors)
-    return dense_rotation(*tensors) if len(tensors) == 1 else Rotation(*tensors)
+    return dense_rotation(*tensors) if len(tensors) == 1 else factored_rotation(*tensors)
 
 
 def _update_digest(sha: hashlib._Hash, name: str, tensor: Tensor) -> None:

@@ -107,7 +107,7 @@ def test_a_float_checkpoint_computes_what_the_model_does(model: Path, tmp_path: 
         for rotate in ("none", "r1,r2,r4"):
             output = make_checkpoint(model, tmp_path / rotate, "FP32", rotate=rotate)
             with Checkpoint(output) as checkpoint:
-                assert (checkpoint.online_factors() is None) == (rotate == "none")
+                assert (checkpoint.r4 is None) == (rotate == "none")
                 rebuilt = checkpoint.load_model()
             found = rebuilt(input_ids=ids).logits
             assert float((found - expected).norm() / expected.norm()) < 1e-5

@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A8": ("llama", {"rotate": "r1,r2"}),
     "W8A8 online": ("qwen2", {}),
     "W4A4 online": ("mistral", {"activation_clip": 1.0, "equalize": False}),
+    "W8A8 online blocks": ("llama", {"rotation_block": 8}),
     "W4A8 grouped": ("qwen3", {"rotate": "none", "group_size": 16}),
     "W8A8 grouped": ("mistral", {"rotate": "r1,r2", "group_size": 16}),
     "W6A6": (

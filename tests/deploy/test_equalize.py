@@ -17,6 +17,7 @@ from deploy.errors import ConfigError, ParityError, UnsupportedModelError
 from deploy.finetune import Method, finetune
 from deploy.loading import load_local_tokenizer, load_model
 from deploy.merge import Destination, MergeSettings, merge
+from rolora.kronecker import Rotation
 from rolora.linear import QuantizedLinear
 from tests.conftest import MODEL_TYPES
 from tests.deploy.tiny_artifacts import (
@@ -92,13 +93,12 @@ def test_signs_that_the_gains_lack_are_noticed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make_checkpoint(model, tmp_path / "out", "W8A8", equalize=True, weights="rtn")
-    factors = Checkpoint.online_r1
+    online_r1 = Checkpoint.online_r1.fget
 
-    def without_signs(self: Checkpoint) -> object:
-        signs, left, right = factors(self)
-        return abs(signs), left, right
+    def without_signs(self: Checkpoint) -> Rotation:
+        return replace(online_r1(self), signs=None)
 
-    monkeypatch.setattr(Checkpoint, "online_r1", without_signs)
+    monkeypatch.setattr(Checkpoint, "online_r1", property(without_signs))
     with pytest.raises(ParityError, match="departs from the torch reference"):
         make_export(directory, tmp_path / "onnx")
 

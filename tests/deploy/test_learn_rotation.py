@@ -294,7 +294,7 @@ def test_capped_logits_are_refused_and_an_r1_at_run_time_is_learned(tmp_path: Pa
     learned = learn(other, tmp_path / "rotation")
     quantized = checkpoint(other, tmp_path / "c", learned)
     with Checkpoint(quantized) as opened:
-        assert opened.online_r1() is not None
+        assert opened.online_r1 is not None
     with torch.inference_mode():
         expected = load_model(other).model(input_ids=torch.arange(30, 70)[None]).logits
     assert float((logits(quantized) - expected).norm() / expected.norm()) < 1e-5

@@ -59,6 +59,7 @@ def make_checkpoint(
     kv_bits: int = 16,
     equalize: bool | None = None,
     stored_rotation: Path | None = None,
+    rotation_block: int | None = None,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
@@ -77,6 +78,7 @@ def make_checkpoint(
         kv_bits=kv_bits,
         equalize=equalize,
         stored_rotation=stored_rotation,
+        rotation_block=rotation_block,
     )
     merge_rotate_quantize(settings, output)
     return output

@@ -35,9 +35,8 @@ from rolora.rotation import (
     RotationKind,
     RotationName,
     RotationPlan,
-    Side,
-    applications,
 )
+from rolora.rotation_table import Side, applications
 from rolora.scheme import QuantizationRecipe, Scheme, WeightMethod
 
 MakeDecoder = Callable[..., Any]

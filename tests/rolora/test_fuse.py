@@ -23,7 +23,8 @@ from rolora.fuse import (
 )
 from rolora.kronecker import hadamard_rotation, random_signs
 from rolora.online import install_online_rotations
-from rolora.rotation import RotationKind, RotationName, RotationPlan, Side
+from rolora.rotation import RotationKind, RotationName, RotationPlan
+from rolora.rotation_table import Side
 
 MakeDecoder = Callable[..., Any]
 R1, R2, R3, R4 = RotationName

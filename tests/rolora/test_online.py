@@ -45,6 +45,17 @@ def test_two_small_products_are_the_dense_one(
     torch.testing.assert_close(rotated, x @ rotation.dense(), rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize(("left", "right"), [(1, 8), (4, 2), (12, 4)])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_of_channels_are_rotated_alike(left: int, right: int, seed: int) -> None:
+    rotation = draw_rotation(left, right, seed)  # a left factor of order 1 may be -1
+    x = torch.randn(2, 3, 5 * rotation.size, dtype=torch.float64)
+    expected = (x.unflatten(-1, (5, rotation.size)) @ rotation.dense()).flatten(-2)
+    found = OnlineRotation(rotation, torch.float64)(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rotation.rotate(x), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_computes_in_float32_and_returns_the_inputs_dtype(dtype: torch.dtype) -> None:
     rotation = draw_rotation(12, 4)

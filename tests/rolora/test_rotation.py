@@ -10,15 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rolora.decoder import DecoderNames
+from rolora.equalization import Equalization
 from rolora.rotation import (
     DEFAULT_ROTATIONS,
-    Application,
     RotationKind,
     RotationName,
     RotationPlan,
-    Side,
-    applications,
 )
+from rolora.rotation_table import Application, Side, applications
 
 R1, R2, R3, R4 = RotationName
 ALL = tuple(RotationName)
@@ -350,3 +349,89 @@ def test_r1_acts_at_run_time_where_a_norm_writes_the_residual_stream(names: Deco
         entries = [entry for entry in table if entry.online is online]
         assert [entry.fqn for entry in entries] == readers
         assert all(entry.side is Side.INPUT and entry.inverse is not online for entry in entries)
+
+
+# --- blocks of channels
+
+
+def equalized(plan: RotationPlan, names: DecoderNames) -> RotationPlan:
+    layers = len(names.blocks)
+    values = names.num_key_value_heads * names.head_dim
+    widths = (names.hidden_size, values, names.hidden_size, names.intermediate_size)
+    scales = [torch.ones(layers, width, dtype=torch.float64) for width in widths]
+    head = torch.ones(names.hidden_size, dtype=torch.float64)
+    return plan.with_equalization(Equalization(*scales, head))
+
+
+DRAWN = pytest.mark.parametrize("kind", [RotationKind.HADAMARD, RotationKind.ORTHOGONAL])
+
+
+@DRAWN
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_acts_at_run_time_can_act_on_blocks(
+    names: DecoderNames, kind: RotationKind, scaled: bool, tmp_path: Path
+) -> None:
+    whole = RotationPlan.draw(names, ALL, kind, seed=5)
+    whole = equalized(whole, names) if scaled else whole
+    plan = whole.in_blocks(names, 4)
+    for name in ALL:
+        old, new = whole.find(name, 0), plan.find(name, 0)
+        at_run_time = name is R4 or (name is R1 and scaled)
+        assert new.size == (4 if at_run_time else old.size)
+        if at_run_time:
+            assert new.left.tolist() == [[1.0]]
+            identity = torch.eye(4, dtype=torch.float64)
+            torch.testing.assert_close(new.dense() @ new.dense().T, identity, rtol=0, atol=1e-14)
+        else:
+            assert torch.equal(new.dense(), old.dense())
+    assert applications(plan, names) == applications(whole, names)
+    assert plan.digest != whole.digest
+    tensors = {key: tensor.contiguous() for key, tensor in plan.to_tensors().items()}
+    save_file(tensors, tmp_path / "r.safetensors")
+    again = RotationPlan.from_saved(plan.to_metadata(), load_file(tmp_path / "r.safetensors"))
+    assert again.digest == plan.digest
+    assert again.in_blocks(names, 4).digest == plan.digest
+    assert plan.to_metadata()["rotations"]["R4"]["factors"] == [1, 4]
+
+
+def test_blocks_fit_multiples_of_their_size_and_no_other_width(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, [R4], RotationKind.HADAMARD, 0).in_blocks(names, 4)
+    wider = dataclasses.replace(names, intermediate_size=names.intermediate_size + 4)
+    assert len(applications(plan, wider)) == len(applications(plan, names))
+    odd = dataclasses.replace(names, intermediate_size=names.intermediate_size + 2)
+    with pytest.raises(ValueError, match=r"R4, intermediate_size: expected .* got .* with 4"):
+        applications(plan, odd)
+
+
+def test_a_residual_stream_has_no_r1_on_blocks(names: DecoderNames) -> None:
+    plan = equalized(RotationPlan.draw(names, [R1], RotationKind.HADAMARD, 0), names)
+    stored = plan.in_blocks(names, 4).to_tensors()
+    alone = {key: tensor for key, tensor in stored.items() if key.startswith("R1")}
+    in_stream = RotationPlan._build(RotationKind.HADAMARD, 0, alone)
+    with pytest.raises(ValueError, match=r"R1, hidden_size: expected 36 .* with 4"):
+        applications(in_stream, names)
+
+
+@DRAWN
+@pytest.mark.parametrize("size", [-4, 0, 1, 5, 512])
+def test_blocks_of_other_sizes_are_refused(
+    names: DecoderNames, kind: RotationKind, size: int
+) -> None:
+    plan = RotationPlan.draw(names, ALL, kind, 0)
+    with pytest.raises(ValueError, match=rf"R4 in blocks: .* from 2 to 256 .* got {size}"):
+        plan.in_blocks(names, size)
+
+
+def test_blocks_without_a_hadamard_matrix_are_refused(names: DecoderNames) -> None:
+    wide = dataclasses.replace(names, intermediate_size=36)
+    plan = RotationPlan.draw(wide, [R4], RotationKind.HADAMARD, 0)
+    with pytest.raises(ValueError, match="no construction reaches order 6"):
+        plan.in_blocks(wide, 6)
+    orthogonal = RotationPlan.draw(wide, [R4], RotationKind.ORTHOGONAL, 0)
+    assert orthogonal.in_blocks(wide, 6).find(R4, None).size == 6
+
+
+def test_a_learned_rotation_keeps_its_matrices(names: DecoderNames) -> None:
+    plan = RotationPlan.draw(names, ALL, RotationKind.LEARNED, 0)
+    with pytest.raises(ValueError, match="expected one that is drawn, got a learned one"):
+        plan.in_blocks(names, 4)
