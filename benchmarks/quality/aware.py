@@ -62,6 +62,8 @@ class Case:
     """One table for embedding and head."""
     kv_bits: int = FLOAT_KV_BITS
     """Of the key-value cache, which is calibrated at the start and not trained in."""
+    rotation_block: int | None = None
+    """Channels that rotations at run time mix; None for all."""
 
 
 CASES = {
@@ -69,10 +71,18 @@ CASES = {
     "w4a8": Case("W4A8", (Round(220, 4e-4, 32),)),
     "w4a8-scaled": Case("W4A8", (Round(220, 4e-4, 32),), equalize=True),
     "w4a8-shared": Case(
-        "W4A8", (Round(220, 4e-4, 32),), equalize=True, shared_table=True, kv_bits=8
+        "W4A8",
+        (Round(220, 4e-4, 32),),
+        equalize=True,
+        shared_table=True,
+        kv_bits=8,
+        rotation_block=64,
     ),
     "w6a6": Case("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
     "w8a8": Case("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
+    "w8a8-kv8": Case(
+        "W8A8", (Round(60, 1e-4, 16, later=True, seed=1),), kv_bits=8, rotation_block=64
+    ),
 }
 """A step is two packed rows of 512 tokens."""
 
@@ -96,6 +106,7 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.calibration,
             equalize=case.equalize,
             kv_bits=case.kv_bits,
+            rotation_block=case.rotation_block,
         )
         merge_rotate_quantize(settings, start)
         export_onnx(start, place / "onnx-0", Target.CPU)
@@ -180,7 +191,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--calibration", help="calibration text, none of it from --text")
     parser.add_argument("--rows", type=Path, help="JSONL of texts to train on")
-    parser.add_argument("--later", type=int, default=83, help="rows of later rounds")
+    parser.add_argument("--later", type=int, default=59, help="rows of later rounds: the articles")
     parser.add_argument("--text", help="WikiText-2 raw validation text")
     parser.add_argument("--work", type=Path, default=Path("artifacts/aware"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/quality/aware.json"))
