@@ -38,13 +38,6 @@ class Conventions:
     """Factor of the embedding, float32; None is 1, and no product."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is as in llama: SiLU, nothing capped or scaled, one rotary embedding."""
-        extras = (self.attention_cap, self.logit_cap, self.embedding_scale)
-        ropes = {layer.rope for layer in self.layers}
-        return self.activation is Activation.SILU and {*extras, *ropes} == {None}
-
-    @property
     def torch_attention(self) -> str:
         """The attention of transformers that computes it: sdpa knows no cap."""
         return "sdpa" if self.attention_cap is None else "eager"

@@ -150,12 +150,16 @@ class DecoderGraph:
         if self.form.half and self.checkpoint.linear(fqn).activation is None:
             logits = self.graph.value("Cast", [logits], f"{fqn}/Cast", to=ir.DataType.FLOAT)
         if (cap := self.computed.logit_cap) is not None:
-            factor = self.graph.constant(np.float32(cap))
-            logits = self.graph.value("Div", [logits, factor], f"{fqn}/cap/Div")
-            logits = self.graph.value("Tanh", [logits], f"{fqn}/cap/Tanh")
-            logits = self.graph.value("Mul", [logits, factor], f"{fqn}/cap/Mul")
+            logits = self._capped(logits, cap, fqn)
         wide = ("batch_size", positions, self.config.vocab_size)
         return name_output(logits, "logits", ir.DataType.FLOAT, wide)
+
+    def _capped(self, x: ir.Value, cap: float, name: str) -> ir.Value:
+        """Add c tanh(x / c), float32."""
+        factor = self.graph.constant(np.float32(cap))
+        x = self.graph.value("Div", [x, factor], f"{name}/cap/Div")
+        x = self.graph.value("Tanh", [x], f"{name}/cap/Tanh")
+        return self.graph.value("Mul", [x, factor], f"{name}/cap/Mul")
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
         """Look the tokens up, and scale all rows where a family does."""

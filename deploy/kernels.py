@@ -37,7 +37,6 @@ from enum import StrEnum
 
 from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
-from deploy.conventions import conventions, rotary_size
 from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
 from deploy.targets import INTEGER_FORMATS, IntegerFormat, Target
@@ -175,8 +174,9 @@ def graph_forms(
     require_offered(target, kernel)
     names = checkpoint.names
     linears = [checkpoint.linear(fqn) for fqn in (*names.linears(), names.head)]
+    if target is Target.CUDA:
+        _require_float16(checkpoint)
     if target in (Target.QDQ, Target.CUDA):
-        _require_plain(checkpoint, target)
         _require_wide_embedding(checkpoint, target)
     if target is Target.QDQ:
         require_static(checkpoint, linears)
@@ -214,16 +214,13 @@ def require_adapters_fed(forms: Sequence[GraphForm]) -> None:
         )
 
 
-def _require_plain(checkpoint: Checkpoint, target: Target) -> None:
-    """Refuse what only the graphs of the CPU compute between the linears."""
-    config, names = checkpoint.config, checkpoint.names
-    post_norms = names.blocks[0].attention_post_norm is not None
-    plain = conventions(config).is_plain and rotary_size(config) == names.head_dim
-    if post_norms or not plain:
+def _require_float16(checkpoint: Checkpoint) -> None:
+    """Refuse a family whose residual stream float16 does not hold."""
+    if checkpoint.names.blocks[0].attention_post_norm is not None:
         raise UnsupportedModelError(
-            f"{checkpoint.directory}: --target {target} has decoders that compute as llama does; "
-            f"{config.model_type} has caps, norms behind linears, another activation or a partial "
-            f"rotary embedding, which --target {Target.CPU} computes"
+            f"{checkpoint.directory}: --target {Target.CUDA} computes in float16 between the "
+            f"linears, which {checkpoint.config.model_type}'s residual stream exceeds: its norms "
+            f"stand behind the linears too; use --target {Target.CPU} or {Target.QDQ}"
         )
 
 

@@ -1,9 +1,10 @@
 """The decoder in standard ONNX operators alone, for any runtime that reads opset 21.
 
 What ONNX Runtime has fused operators for stands here in the parts that TensorRT, OpenVINO, QNN and
-the compilers of other runtimes recognize: RMSNorm as Pow, ReduceMean, Add, Sqrt, Div, Mul;
-SiLU as Sigmoid and Mul; attention as below; linears as in `qdq_ops`. The cache grows by Concat, so
-past and present are different tensors, and padding may stand on either side of a prompt:
+the compilers of other runtimes recognize: RMSNorm as Pow, ReduceMean, Add, Sqrt, Div, Mul; SiLU as
+Sigmoid and Mul; caps as Div, Tanh, Mul; attention as below; linears as in `qdq_ops`. The cache
+grows by Concat, so past and present are different tensors, and padding may stand on either side of
+a prompt:
 
     positions   cumulative sum of the mask - 1, of the new tokens
     allowed     columns that are no later than the row's, in the mask, and inside the window
@@ -21,7 +22,7 @@ import onnx_ir as ir
 
 from deploy.attention_inputs import rotary_tables
 from deploy.checkpoint import Checkpoint
-from deploy.conventions import LayerAttention
+from deploy.conventions import LayerAttention, rotary_size
 from deploy.decoder_graph import DecoderGraph
 from deploy.graph_builder import GraphBuilder
 from deploy.input_ops import QuantizedInput
@@ -75,21 +76,23 @@ class PortableGraph(DecoderGraph):
         real = graph.value("Cast", [mask], "mask/Cast", to=ir.DataType.BOOL)
         real = graph.value("Unsqueeze", [real, _axes(graph, 1)], "mask/Unsqueeze")
         self._allowed = graph.value("And", [causal, real], "mask/And")
-        self._factors = [
-            graph.value(
-                "Unsqueeze",
-                [
-                    graph.value(
-                        "Gather",
-                        [graph.weight(f"{name}_cache", ir.tensor(table)), self._row_positions],
-                        f"{name}/Gather",
-                    ),
-                    _axes(graph, 1),
-                ],
-                f"{name}/Unsqueeze",
+        self._factors = {
+            kind: self._rotary_factors(kind)
+            for kind in dict.fromkeys(layer.rope for layer in self.computed.layers)
+        }
+
+    def _rotary_factors(self, kind: str | None) -> list[ir.Value]:
+        """Look up cos and sin of the new tokens, float32 [B, 1, S, rotary size / 2]."""
+        graph = self.graph
+        prefix = "" if kind is None else f"{kind}."
+        factors = []
+        for part, table in zip(("cos", "sin"), rotary_tables(self.config, kind), strict=True):
+            stored = graph.weight(f"{prefix}{part}_cache", ir.tensor(table))
+            found = graph.value("Gather", [stored, self._row_positions], f"{prefix}{part}/Gather")
+            factors.append(
+                graph.value("Unsqueeze", [found, _axes(graph, 1)], f"{prefix}{part}/Unsqueeze")
             )
-            for name, table in zip(("cos", "sin"), rotary_tables(self.config, None), strict=True)
-        ]
+        return factors
 
     def _mask_bias(self, window: int | None) -> ir.Value:
         """Return what is added to scores, float32 [B, 1, 1, S, T]; layers alike share it."""
@@ -162,7 +165,7 @@ class PortableGraph(DecoderGraph):
         counts = graph.constant(np.array([queries, shared], np.int64))
         query, key = graph.node(
             "Split",
-            [self._rotate_halves(both, prefix), counts],
+            [self._rotate(both, prefix, layer.rope), counts],
             f"{prefix}/qk/Split",
             outputs=("_q", "_k"),
             axis=1,
@@ -186,6 +189,8 @@ class PortableGraph(DecoderGraph):
         fixed = graph.constant(np.array([0, shared, group, -1], np.int64))
         wide = graph.value("Concat", [fixed, total], f"{prefix}/scores/Concat", axis=0)
         scores = graph.value("Reshape", [scores, wide], f"{prefix}/scores/Reshape")
+        if (cap := self.computed.attention_cap) is not None:
+            scores = self._capped(scores, cap, f"{prefix}/scores")
         bias = self._mask_bias(layer.window)
         scores = graph.value("Add", [scores, bias], f"{prefix}/scores/Add")
         weights = graph.value("Softmax", [scores], f"{prefix}/Softmax", axis=-1)
@@ -197,11 +202,23 @@ class PortableGraph(DecoderGraph):
         mixed = graph.value("Transpose", [mixed], f"{prefix}/mixed/Transpose", perm=[0, 2, 1, 3])
         return reshape(mixed, [0, 0, queries * size], "attended"), key, value
 
-    def _rotate_halves(self, x: ir.Value, prefix: str) -> ir.Value:
-        """Apply the rotary embedding to heads, [B, heads, S, head_dim]."""
+    def _rotate(self, x: ir.Value, prefix: str, kind: str | None) -> ir.Value:
+        """Apply the rotary embedding to heads [B, heads, S, head_dim], or to the part it turns."""
+        turned, whole = rotary_size(self.config), self.names.head_dim
+        if turned == whole:
+            return self._rotate_halves(x, prefix, kind)
+        graph, name = self.graph, f"{prefix}/rotary/part"
+        sizes = graph.constant(np.array([turned, whole - turned], np.int64))
+        part, rest = graph.node(
+            "Split", [x, sizes], f"{name}/Split", outputs=("_part", "_rest"), axis=-1
+        )
+        part = self._rotate_halves(part, prefix, kind)
+        return graph.value("Concat", [part, rest], f"{name}/Concat", axis=-1)
+
+    def _rotate_halves(self, x: ir.Value, prefix: str, kind: str | None) -> ir.Value:
         graph, name = self.graph, f"{prefix}/rotary"
-        cos, sin = self._factors
-        halves = graph.constant(np.array([self.names.head_dim // 2] * 2, np.int64))
+        cos, sin = self._factors[kind]
+        halves = graph.constant(np.array([rotary_size(self.config) // 2] * 2, np.int64))
         low, high = graph.node(
             "Split", [x, halves], f"{name}/Split", outputs=("_low", "_high"), axis=-1
         )

@@ -120,13 +120,24 @@ def test_a_portable_graph_is_made_of_standard_operators(
     assert quantized == (0 if name == "W4A16" else 2 * 4 + 1), "qkv, o, gate and up, down; the head"
 
 
-@pytest.mark.parametrize("target", [Target.QDQ, Target.CUDA])
+FLOAT_MODELS = [
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tied": True}),
+    ("mistral", {"sliding_window": 16}),
+    ("qwen3", {}),
+    ("phi3", {}),
+    ("phi3", {"head_dim": 32, "partial_rotary_factor": 0.5}),
+    ("gemma2", {}),
+    ("gemma3_text", {}),
+]
+
+
 @pytest.mark.parametrize(
-    ("model_type", "options"),
+    ("target", "model_type", "options"),
     [
-        ("llama", {"attention_bias": True, "mlp_bias": True, "tied": True}),
-        ("mistral", {"sliding_window": 16}),
-        ("qwen3", {}),
+        (target, model_type, options)
+        for target in (Target.QDQ, Target.CUDA)
+        for model_type, options in FLOAT_MODELS
+        if target is Target.QDQ or not model_type.startswith("gemma")
     ],
 )
 def test_a_float_model_of_each_family_is_computed_to_float_precision(
@@ -229,14 +240,37 @@ def test_a_4_bit_embedding_is_for_the_cpu_alone(
     make_export(checkpoint("4-bit table"), tmp_path / "onnx", Kernel.AUTO)
 
 
-@pytest.mark.parametrize("target", [Target.QDQ, Target.CUDA])
-def test_a_family_that_computes_otherwise_is_for_the_cpu_alone(
-    target: Target, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model_type", "options"), [model for model in FLOAT_MODELS if model[0] in ("gemma2", "phi3")]
+)
+def test_rounded_models_of_other_families_are_portable_too(
+    model_type: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
+    source = save_model(tmp_path / "model", model_type, **options)
+    checkpoint = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn", static="all")
+    make_export(checkpoint, tmp_path / "onnx", Kernel.AUTO, Target.QDQ)  # with its parity check
+    graph = onnx.load(tmp_path / "onnx" / GRAPH_NAME)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 21)]
+    onnx.checker.check_model(graph, full_check=True)
+    rows = np.random.default_rng(5).integers(5, 250, (2, 24))
+    lengths = np.array([20, 13])
+    with OnnxDecoder(tmp_path / "onnx", threads=1) as decoder:
+        decoder.start(24, 2)
+        found = [decoder.append(rows[:, :20], lengths, last_only=True)]
+        found += [decoder.append(rows[:, i : i + 1]) for i in range(20, 24)]
+        for row, length in enumerate(lengths):
+            decoder.start(24)
+            alone = [decoder.append(rows[row : row + 1, :length], last_only=True)]
+            alone += [decoder.append(rows[row : row + 1, i : i + 1]) for i in range(20, 24)]
+            for step, one in zip(found, alone, strict=True):
+                np.testing.assert_allclose(step[row], one[0], rtol=0, atol=1e-4)
+
+
+def test_a_stream_that_exceeds_float16_is_not_for_cuda(tmp_path: Path) -> None:
     source = save_model(tmp_path / "model", "gemma2")
-    gemma = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn", static="all")
-    with pytest.raises(UnsupportedModelError, match=f"--target {target} .*gemma2 has caps"):
-        make_export(gemma, tmp_path / "onnx", Kernel.AUTO, target)
+    gemma = make_checkpoint(source, tmp_path / "c", "W8A8", weights="rtn")
+    with pytest.raises(UnsupportedModelError, match=r"float16 .* gemma2's residual stream exceeds"):
+        make_export(gemma, tmp_path / "onnx", Kernel.AUTO, Target.CUDA)
     assert not (tmp_path / "onnx").exists()
 
 
