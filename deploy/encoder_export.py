@@ -41,6 +41,7 @@ from deploy.export import (
 )
 from deploy.kernels import Kernel, encoder_form
 from deploy.memory import peak_memory_bytes
+from deploy.portable_encoder import PortableEncoderGraph
 from deploy.session import GRAPH_NAME
 from deploy.targets import Target
 from deploy.verification import saturation_hint, verify_on
@@ -81,7 +82,8 @@ def export_encoder(
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:
             progress(f"writing {GRAPH_NAME}")
-            model = EncoderGraph(checkpoint, form).build()
+            builder = PortableEncoderGraph if form.kernel is Kernel.QDQ else EncoderGraph
+            model = builder(checkpoint, form).build()
             save_graph(model, directory / GRAPH_NAME)
             copy_companions(checkpoint_directory, directory)
             progress("checking parity with the torch reference")

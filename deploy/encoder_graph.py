@@ -27,6 +27,7 @@ from deploy.encoder_checkpoint import EncoderCheckpoint
 from deploy.encoder_session import LOGITS_NAME
 from deploy.errors import UnsupportedModelError
 from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_output
+from deploy.input_ops import QuantizedInput
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.linear_ops import concatenated_bias, packed_name
 from deploy.session import HIDDEN_NAME
@@ -72,7 +73,7 @@ class EncoderGraph:
         )
         tells_types = self._config.type_vocab_size > 1
         hidden = self._embed(input_ids, token_types if tells_types else None)
-        padding = graph.value("Cast", [mask], "mask/Cast", to=ir.DataType.INT32)
+        padding = self._padding(mask)
         for block in names.blocks:
             hidden = self._block(block, hidden, padding)
         wide = (*_TEXTS, names.hidden_size)
@@ -80,6 +81,10 @@ class EncoderGraph:
         if names.head_linears is not None:
             outputs.insert(0, self._head(hidden, *names.head_linears))
         return graph.build([input_ids, mask, *([token_types] if tells_types else [])], outputs)
+
+    def _padding(self, mask: ir.Value) -> ir.Value:
+        """Turn the mask, int64 [B, S], to what attention takes."""
+        return self._graph.value("Cast", [mask], "mask/Cast", to=ir.DataType.INT32)
 
     def _embed(self, input_ids: ir.Value, token_types: ir.Value | None) -> ir.Value:
         """Add the sum of the three embeddings, and its norm."""
@@ -123,15 +128,15 @@ class EncoderGraph:
 
     def _attention(self, block: EncoderBlockNames, hidden: ir.Value, padding: ir.Value) -> ir.Value:
         """Add attention without its output projection, float32 [B, S, D]."""
-        graph, readers = self._graph, [block.query, block.key, block.value]
+        readers = [block.query, block.key, block.value]
         formats = [self._checkpoint.linear(fqn) for fqn in readers]
-        quantized = self._ops.quantized(block.query, hidden)
+        quantized = self._quantized(block.query, hidden)
         if all(
             (each.weight, each.activation) == (formats[0].weight, formats[0].activation)
             for each in formats
         ):
-            packed = self._ops.linear(readers, hidden, quantized, packed_name(block), bias=False)
-            heads = graph.node(
+            packed = self._linear(readers, hidden, quantized, packed_name(block))
+            heads = self._graph.node(
                 "Split",
                 [packed],
                 f"{block.attention}/Split",
@@ -140,12 +145,16 @@ class EncoderGraph:
                 num_outputs=3,
             )
         else:
-            heads = tuple(
-                self._ops.linear([fqn], hidden, quantized, fqn, bias=False) for fqn in readers
-            )
-        return graph.value(
+            heads = tuple(self._linear([fqn], hidden, quantized, fqn) for fqn in readers)
+        return self._attend(block, heads, padding)
+
+    def _attend(
+        self, block: EncoderBlockNames, heads: tuple[ir.Value, ...], padding: ir.Value
+    ) -> ir.Value:
+        """Add attention itself, with the biases of query, key and value."""
+        return self._graph.value(
             "MultiHeadAttention",
-            [*heads, self._bias(readers), padding],
+            [*heads, self._bias([block.query, block.key, block.value]), padding],
             f"{block.attention}/MultiHeadAttention",
             domain=MICROSOFT,
             num_heads=self._names.num_heads,
@@ -162,7 +171,17 @@ class EncoderGraph:
 
     def _product(self, fqns: list[str], x: ir.Value, name: str) -> ir.Value:
         """Add a linear without its bias."""
-        return self._ops.linear(fqns, x, self._ops.quantized(fqns[0], x), name, bias=False)
+        return self._linear(fqns, x, self._quantized(fqns[0], x), name)
+
+    def _quantized(self, fqn: str, x: ir.Value) -> QuantizedInput | None:
+        """See `CheckpointOps.quantized`."""
+        return self._ops.quantized(fqn, x)
+
+    def _linear(
+        self, fqns: list[str], x: ir.Value, quantized: QuantizedInput | None, name: str
+    ) -> ir.Value:
+        """Add the product of linears that read one input, without their biases."""
+        return self._ops.linear(fqns, x, quantized, name, bias=False)
 
     def _bias(self, fqns: list[str]) -> ir.Value:
         """Add the biases of linears, side by side."""

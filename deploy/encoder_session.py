@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.errors import ConfigError
-from deploy.session import GRAPH_NAME, open_session
+from deploy.session import GRAPH_NAME, PORTABLE_OPTIONS, open_session
 
 LOGITS_NAME = "logits"
 """Output of a classifier, float32 [B, labels]. The other, `deploy.session.HIDDEN_NAME`, is float32
@@ -30,7 +30,9 @@ class OnnxEncoder:
     """
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
-        self._session = open_session(directory / GRAPH_NAME, threads=threads)
+        path = directory / GRAPH_NAME
+        entries = PORTABLE_OPTIONS if _is_portable(path) else {}
+        self._session = open_session(path, threads=threads, entries=entries)
         self._inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
         """`LOGITS_NAME` of a classifier, and `deploy.session.HIDDEN_NAME`."""
@@ -65,3 +67,8 @@ class OnnxEncoder:
                 f"may be longer than the model reads, or its ids not those of the model's tokenizer"
             ) from error
         return dict(zip(self.outputs, found, strict=True))
+
+
+def _is_portable(path: Path) -> bool:
+    """Return whether a graph has standard operators alone: it would name their domain else."""
+    return path.is_file() and b"com.microsoft" not in path.read_bytes()

@@ -101,6 +101,7 @@ class GraphForm:
 
 
 ONE_INTEGER_GRAPH = GraphForm(GRAPH_NAME, Kernel.INTEGER)
+PORTABLE_GRAPH = GraphForm(GRAPH_NAME, Kernel.QDQ, target=Target.QDQ)
 ONE_NBITS_GRAPH = GraphForm(GRAPH_NAME, Kernel.NBITS)
 LAST_INTEGER_GRAPH = GraphForm(GRAPH_NAME, Kernel.INTEGER, last_logits=True)
 TOKEN_GRAPH = GraphForm(TOKEN_NAME, Kernel.NBITS, four_bits_only=True, blocked=True)
@@ -114,8 +115,9 @@ BLOCKED_HEAD_GRAPH = GraphForm(HEAD_NAME, Kernel.INTEGER, blocked=True)
 """The head by itself, for callers that want the logits of every position of a prompt."""
 
 
-ENCODER_TARGETS = (Target.CPU, Target.CPU_AVX2, Target.CPU_ARM64)
-"""Where encoders run; the graph has operators that other providers lack or compute in float16."""
+ENCODER_TARGETS = (Target.CPU, Target.CPU_AVX2, Target.CPU_ARM64, Target.QDQ)
+"""Where encoders run; no graph of theirs is of float16."""
+ENCODER_KERNELS = (Kernel.AUTO, Kernel.INTEGER, Kernel.QDQ)
 
 
 def encoder_form(
@@ -132,13 +134,19 @@ def encoder_form(
         ConfigError: An encoder has no such kernel, or cannot run there.
         UnsupportedModelError: A linear's format has no kernel.
     """
-    if kernel not in (Kernel.AUTO, Kernel.INTEGER) or target not in ENCODER_TARGETS:
+    if kernel not in ENCODER_KERNELS or target not in ENCODER_TARGETS:
         raise ConfigError(
             f"--target {target} --kernel {kernel}: an encoder is one graph of integer products, "
-            f"for --target {', '.join(ENCODER_TARGETS)} with --kernel auto or integer"
+            f"for --target {', '.join(ENCODER_TARGETS)} with --kernel auto, integer or qdq"
         )
-    for fqn in checkpoint.names.linears():
-        _require_kernel(checkpoint, checkpoint.linear(fqn), target)
+    require_offered(target, kernel)
+    linears = [checkpoint.linear(fqn) for fqn in checkpoint.names.linears()]
+    if target is Target.QDQ:
+        _require_wide_embedding(checkpoint, target)
+        require_static(checkpoint, linears)
+        return PORTABLE_GRAPH
+    for linear in linears:
+        _require_kernel(checkpoint, linear, target)
     return replace(ONE_INTEGER_GRAPH, target=target)
 
 
@@ -180,7 +188,7 @@ def graph_forms(
         _require_wide_embedding(checkpoint, target)
     if target is Target.QDQ:
         require_static(checkpoint, linears)
-        return (GraphForm(GRAPH_NAME, Kernel.QDQ, target=target),)
+        return (PORTABLE_GRAPH,)
     for linear in linears:
         _require_kernel(checkpoint, linear, target)
     if target is Target.CUDA and checkpoint.kv_bits != FLOAT_KV_BITS:
@@ -224,7 +232,7 @@ def _require_float16(checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_wide_embedding(checkpoint: Checkpoint, target: Target) -> None:
+def _require_wide_embedding(checkpoint: AnyCheckpoint, target: Target) -> None:
     """Refuse a table of 4 bits, which only a kernel of the CPU looks up."""
     spec = checkpoint.embedding_spec
     if spec is not None and spec.bits == 4:
@@ -294,14 +302,14 @@ def _require_kernel(checkpoint: AnyCheckpoint, linear: StoredLinear, target: Tar
     )
 
 
-def require_static(checkpoint: Checkpoint, linears: list[StoredLinear]) -> None:
+def require_static(checkpoint: AnyCheckpoint, linears: list[StoredLinear]) -> None:
     """Refuse what QuantizeLinear and DequantizeLinear with constant scales cannot say.
 
     Raises:
         UnsupportedModelError: An input has run-time scales or fewer than 8 bits, or the KV cache is
             quantized; the message says how to make a checkpoint without that.
     """
-    if checkpoint.kv_bits != FLOAT_KV_BITS:
+    if isinstance(checkpoint, Checkpoint) and checkpoint.kv_bits != FLOAT_KV_BITS:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: --target qdq keeps the KV cache in float, the checkpoint has "
             f"{checkpoint.kv_bits} bits; quantize with --kv-bits {FLOAT_KV_BITS}"

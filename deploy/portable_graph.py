@@ -27,9 +27,8 @@ from deploy.decoder_graph import DecoderGraph
 from deploy.graph_builder import GraphBuilder
 from deploy.input_ops import QuantizedInput
 from deploy.kernels import GraphForm
-from deploy.qdq_ops import dequantized_linear, round_input
+from deploy.qdq_ops import RoundedInputs, dequantized_linear
 from rolora.decoder import BlockNames
-from rolora.scheme import Granularity
 
 FORBIDDEN = -1e4
 """Added to the scores of columns that a token must not see; fits float16."""
@@ -48,7 +47,7 @@ class PortableGraph(DecoderGraph):
         adapted: Container[str] = (),
     ) -> None:
         super().__init__(checkpoint, form, stored, adapted)
-        self._rounded_inputs: dict[tuple[str | None, float], ir.Value] = {}
+        self._inputs = RoundedInputs(self.graph, checkpoint)
         self._bias: dict[int | None, ir.Value] = {}
 
     def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value) -> None:
@@ -248,20 +247,10 @@ class PortableGraph(DecoderGraph):
         half: bool,
     ) -> ir.Value:
         linears = [self.checkpoint.linear(fqn) for fqn in fqns]
-        spec = linears[0].activation
-        if spec is None:
+        if linears[0].activation is None:
             return super()._product(fqns, x, quantized, name, half=half)
-        if spec.granularity is Granularity.TENSOR and not spec.is_float:
-            x = self._rounded(fqns[0], x)
+        x = self._inputs.rounded(fqns[0], x)
         return dequantized_linear(self.graph, x, self.checkpoint, linears, name)
-
-    def _rounded(self, fqn: str, x: ir.Value) -> ir.Value:
-        """Round an input; linears that read the same one with the same scale share the nodes."""
-        scale = self.checkpoint.array(f"{fqn}.input_scale")
-        key = (x.name, float(scale))
-        if key not in self._rounded_inputs:
-            self._rounded_inputs[key] = round_input(self.graph, x, scale, f"{fqn}/input")
-        return self._rounded_inputs[key]
 
 
 def _axes(graph: GraphBuilder, *axes: int) -> ir.Value:

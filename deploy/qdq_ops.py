@@ -13,8 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from deploy.checkpoint import Checkpoint
-from deploy.checkpoint_reader import StoredLinear
+from deploy.checkpoint_reader import AnyCheckpoint, StoredLinear
 from deploy.graph_builder import GraphBuilder
 from deploy.linear_ops import concatenated_bias, stored_columns
 
@@ -36,12 +35,38 @@ def round_input(graph: GraphBuilder, x: ir.Value, scale: np.ndarray, name: str) 
     return graph.value("DequantizeLinear", [q, step, zero], f"{name}/DequantizeLinear")
 
 
+class RoundedInputs:
+    """Rounds inputs; linears that read the same one with the same scale share the nodes.
+
+    Args:
+        graph: Receives the nodes.
+        checkpoint: Holds the scales.
+    """
+
+    def __init__(self, graph: GraphBuilder, checkpoint: AnyCheckpoint) -> None:
+        self._graph, self._checkpoint = graph, checkpoint
+        self._found: dict[tuple[str | None, float], ir.Value] = {}
+
+    def rounded(self, fqn: str, x: ir.Value) -> ir.Value:
+        """Return the input of a linear, rounded where the checkpoint has a scale for it."""
+        spec = self._checkpoint.linear(fqn).activation
+        if spec is None or spec.is_float:
+            return x
+        scale = self._checkpoint.array(f"{fqn}.input_scale")
+        key = (x.name, float(scale))
+        if key not in self._found:
+            self._found[key] = round_input(self._graph, x, scale, f"{fqn}/input")
+        return self._found[key]
+
+
 def dequantized_linear(
     graph: GraphBuilder,
     x: ir.Value,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     linears: list[StoredLinear],
     name: str,
+    *,
+    add_bias: bool = True,
 ) -> ir.Value:
     """Add one product for linears that read the same input, their outputs side by side.
 
@@ -51,6 +76,7 @@ def dequantized_linear(
         checkpoint: Holds the integers.
         linears: One or more linears with the same bits and groups.
         name: Prefix of node names.
+        add_bias: Whether the bias belongs to it; else a node behind it adds that.
 
     Returns:
         float32 [B, S, sum of out_features].
@@ -73,7 +99,7 @@ def dequantized_linear(
         block_size=spec.group_size or 0,
     )
     y = graph.value("MatMul", [x, weight], f"{name}/MatMul")
-    bias = concatenated_bias(checkpoint, linears)
+    bias = concatenated_bias(checkpoint, linears) if add_bias else None
     if bias is None:
         return y
     return graph.value("Add", [y, graph.weight(f"{name}.bias", ir.tensor(bias))], f"{name}/Add")

@@ -65,6 +65,7 @@ def onnx_outputs(encoder: OnnxEncoder, batch: dict[str, torch.Tensor]) -> np.nda
     return found["last_hidden_state"][batch["attention_mask"].numpy().astype(bool)]
 
 
+@pytest.mark.parametrize("target", [Target.CPU, Target.QDQ])
 @pytest.mark.parametrize("with_head", [False, True], ids=["bare", "head"])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -78,10 +79,10 @@ def onnx_outputs(encoder: OnnxEncoder, batch: dict[str, torch.Tensor]) -> np.nda
     ids=str,
 )
 def test_a_float_graph_computes_what_the_model_does(
-    kind: str, options: dict[str, Any], with_head: bool, tmp_path: Path
+    kind: str, options: dict[str, Any], with_head: bool, target: Target, tmp_path: Path
 ) -> None:
     model = save_encoder(tmp_path / kind, kind, with_head=with_head, **options)
-    export = make_encoder_export(model, tmp_path / "onnx", "FP32")
+    export = make_encoder_export(model, tmp_path / "onnx", "FP32", target=target)
     encoder, (loaded, labels) = OnnxEncoder(export, threads=1), load_encoder(model)
     assert (labels is not None) == with_head
     for batch in padded_batches(3, types=options.get("type_vocab_size", 2)):
@@ -135,6 +136,46 @@ def test_every_target_has_the_same_integers(target: Target, tmp_path: Path) -> N
     found = onnx_outputs(OnnxEncoder(tmp_path / "onnx"), batch)
     expected = onnx_outputs(OnnxEncoder(tmp_path / "reference"), batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+PORTABLE: list[tuple[str, dict[str, Any]]] = [
+    ("W8A8", {"static": "all"}),
+    ("W4A8", {"static": "all", "group_size": 16}),
+    ("W4A16", {"embedding_bits": 32}),
+    ("W4A8", {"static": "all", "overrides": (Override.parse("v=W8"),)}),
+]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(("scheme", "options"), PORTABLE, ids=str)
+def test_a_portable_graph_is_made_of_standard_operators(
+    kind: str, scheme: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = save_encoder(
+        tmp_path / kind, kind, with_head=True, hidden_size=32, intermediate_size=48
+    )
+    made = make_encoder_export(model, tmp_path / "onnx", scheme, target=Target.QDQ, **options)
+    graph = onnx.load(made / GRAPH_NAME)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 21)]
+    onnx.checker.check_model(graph, full_check=True)
+    parity = read_manifest(made).checks["parity"]
+    assert parity["exact_weights"] == 2 * 6
+    assert parity["hidden_error"] <= parity["bound"] < 0.2
+    operators = [node.op_type for node in graph.graph.node]
+    inputs = {"W4A16": 0}.get(scheme, 2 * 4)  # q, k and v, o, up, down: read one input each
+    assert operators.count("QuantizeLinear") == inputs
+
+
+def test_a_portable_encoder_needs_constant_scales(tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "bert", hidden_size=32, intermediate_size=48)
+    with pytest.raises(UnsupportedModelError, match=r"--target qdq needs .*--static all"):
+        make_encoder_export(model, tmp_path / "a", "W8A8", target=Target.QDQ)
+    with pytest.raises(UnsupportedModelError, match="quantize with --embedding-bits 8"):
+        make_encoder_export(
+            model, tmp_path / "b", "W8A8", target=Target.QDQ, static="all", embedding_bits=4
+        )
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
 
 
 def test_padding_and_neighbours_change_nothing(tmp_path: Path) -> None:
@@ -304,7 +345,6 @@ def test_targets_kernels_and_activations_that_encoders_lack_are_refused(tmp_path
     checkpoint = make_encoder_checkpoint(model, tmp_path / "checkpoint", "W8A8")
     for target, kernel in (
         (Target.CUDA, Kernel.AUTO),
-        (Target.QDQ, Kernel.AUTO),
         (Target.CPU, Kernel.NBITS),
     ):
         with pytest.raises(ConfigError, match="an encoder is one graph of integer products"):

@@ -15,6 +15,7 @@ from deploy.encoder_export import export_encoder
 from deploy.encoder_parity import check_encoder_parity
 from deploy.quantize_encoder import quantize_encoder
 from deploy.session import GRAPH_NAME
+from deploy.targets import Target
 from reslora.merge import MergeMethod
 from rolora.overrides import Override
 from rolora.scheme import FLOAT_BITS
@@ -50,12 +51,14 @@ def make_encoder_checkpoint(model: Path | str, output: Path, scheme: str, **opti
     return output
 
 
-def make_encoder_export(model: Path | str, output: Path, scheme: str, **options: Any) -> Path:
+def make_encoder_export(
+    model: Path | str, output: Path, scheme: str, target: Target = Target.CPU, **options: Any
+) -> Path:
     """Run merge-rotate-quantize and export."""
     checkpoint = make_encoder_checkpoint(
         model, output.with_name(f"{output.name}-checkpoint"), scheme, **options
     )
-    export_encoder(checkpoint, output)
+    export_encoder(checkpoint, output, target)
     return output
 
 
