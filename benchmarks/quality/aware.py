@@ -72,7 +72,7 @@ CASES = {
     "w4a8-scaled": Case("W4A8", (Round(220, 4e-4, 32),), equalize=True),
     "w4a8-shared": Case(
         "W4A8",
-        (Round(220, 4e-4, 32),),
+        (Round(120, 5e-4, 32),),
         equalize=True,
         shared_table=True,
         kv_bits=8,
