@@ -57,7 +57,7 @@ from rolora.decoder import DecoderNames
 from rolora.equalization import Equalization
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
-from rolora.rotation import RotationName, RotationPlan
+from rolora.rotation import RotationName, RotationPlan, require_blocks
 
 
 def merge_rotate_quantize(
@@ -273,16 +273,18 @@ def _require_blocks(
             f"--rotation-block {size}: the rotation is that of another artifact, with or without "
             f"blocks of its own; leave --rotation-block out"
         )
-    at_run_time = plan is not None and (
-        plan.r4 is not None
-        or (plan.r1 is not None and (equalizes or not plan.rotates_stream(names)))
-    )
+    at_run_time = {RotationName.R4}
+    if equalizes or (plan is not None and not plan.rotates_stream(names)):
+        at_run_time.add(RotationName.R1)
+    at_run_time &= frozenset() if plan is None else plan.names
     if plan is None or not at_run_time:
         raise ConfigError(
             f"--rotation-block {size}: no rotation acts at run time (r4 does, and r1 with "
             f"--equalize); leave --rotation-block out"
         )
     try:
+        for name in sorted(at_run_time):
+            require_blocks(name, names, size)
         plan.in_blocks(names, size)
     except ValueError as error:
         raise ConfigError(f"--rotation-block: {error}") from error

@@ -122,6 +122,8 @@ def _refuse_decoder_options(settings: CheckpointSettings) -> None:
             "an encoder is not rotated: R1 passes RMSNorms, not its LayerNorms; leave --rotate, "
             "--rotation-kind, --rotation-seed and --rotation out, or give --rotate none"
         )
+    if settings.rotation_block is not None:
+        faults.append("no rotation has blocks there; leave --rotation-block out")
     if settings.equalize:
         faults.append("channel scales need a rotation behind them; leave --equalize out")
     if settings.kv_bits != FLOAT_KV_BITS:

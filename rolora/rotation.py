@@ -226,12 +226,7 @@ class RotationPlan:
             at_run_time.add(RotationName.R1)
         content = dict(self.content)
         for name in sorted(at_run_time & self.names):
-            _, width = rotated_widths(names)[name]
-            if not 2 <= size <= LARGEST_BLOCK or width % size:
-                raise ValueError(
-                    f"{name} in blocks: expected a size from 2 to {LARGEST_BLOCK} that divides the "
-                    f"{width} channels, got {size}"
-                )
+            require_blocks(name, names, size)
             drawn = _draw(self.kind, name, (1, size), self.seed, 0)
             content = {key: old for key, old in content.items() if not key.startswith(f"{name}.")}
             content |= {f"{name}.{entry}": tensor for entry, tensor in drawn.items()}
@@ -383,6 +378,20 @@ def rotated_widths(names: DecoderNames) -> dict[RotationName, tuple[str, int]]:
         RotationName.R3: ("head_dim", names.head_dim),
         RotationName.R4: ("intermediate_size", names.intermediate_size),
     }
+
+
+def require_blocks(name: RotationName, names: DecoderNames, size: int) -> None:
+    """Refuse a size of blocks that a rotation's channels do not have.
+
+    Raises:
+        ValueError: The size is out of range or no divisor.
+    """
+    _, width = rotated_widths(names)[name]
+    if not 2 <= size <= LARGEST_BLOCK or width % size:
+        raise ValueError(
+            f"{name} in blocks: expected a size from 2 to {LARGEST_BLOCK} that divides the "
+            f"{width} channels, got {size}"
+        )
 
 
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:

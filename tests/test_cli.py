@@ -755,9 +755,10 @@ def test_an_encoder_goes_from_adapter_to_answers_in_integers(
     shown = json.loads(terminal(*quantize, *options, "--dry-run").out)
     assert (shown["rotate"], shown["recipe"]["static_after_norm"]) == ([], None)
     assert shown["recipe"]["head_bits"] == 32
-    refused = terminal(*quantize, *options, "--rotate", "r1,r2", "--head-bits", 8)
+    unfit = ("--rotate", "r1,r2", "--rotation-block", 8, "--head-bits", 8)
+    refused = terminal(*quantize, *options, *unfit)
     assert refused.code == 2
-    assert "2 faults: - an encoder is not rotated" in refused.err
+    assert "3 faults: - an encoder is not rotated" in refused.err
     shortcut = terminal(*quantize, *options)
     assert (shortcut.code, "cannot merge structure input" in shortcut.err) == (2, True)
     done = terminal(*quantize, *options, "--merge", "auto", "--rotate", "none")

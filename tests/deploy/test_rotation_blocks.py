@@ -107,6 +107,10 @@ def test_an_adapter_can_be_trained_between_blocks(model: Path, tmp_path: Path) -
         ({"rotate": "none"}, "--rotation-block 8: no rotation acts at run time"),
         ({"rotate": "r1,r2"}, "--rotation-block 8: no rotation acts at run time"),
         ({"rotation_block": 7}, "--rotation-block: R4 in blocks: .* divides the .* got 7"),
+        (
+            {"rotation_block": 24, "equalize": True},
+            "--rotation-block: R1 in blocks: .* divides the 32 channels, got 24",
+        ),
     ],
 )
 def test_blocks_that_nothing_can_act_on_are_refused(
