@@ -62,8 +62,7 @@ def quantize_tokens(x: Tensor, bits: int, clip_ratio: float) -> tuple[Tensor, Te
     """
     quant_min, quant_max = activation_range(bits)
     factor = torch.tensor(clip_ratio / quant_max, dtype=x.dtype, device=x.device)
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    largest = torch.where(largest == 0, 1.0, largest)
+    largest = token_magnitude(x)
     return quantize(x / largest, factor, quant_min, quant_max), largest * factor
 
 
@@ -72,16 +71,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return q.to(scale.dtype) * scale
 
 
-def token_scale(x: Tensor, bits: int, clip_ratio: float) -> Tensor:
-    """Return the run-time scale of each token (or of each last-dimension group).
-
-    Args:
-        x: float [..., K].
-        bits: Activation bits.
-        clip_ratio: Part of the absolute maximum that the range covers.
-
-    Returns:
-        float [..., 1].
-    """
-    factor = torch.tensor(clip_ratio / activation_range(bits)[1], dtype=x.dtype, device=x.device)
-    return torch.clamp(x.abs().amax(dim=-1, keepdim=True) * factor, min=SMALLEST_SCALE)
+def token_magnitude(x: Tensor) -> Tensor:
+    """Return m = max|x| of each token (or last-dimension group), float [..., 1]; 1 for zeros."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    return torch.where(largest == 0, 1.0, largest)

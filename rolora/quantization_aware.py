@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rolora.affine import activation_range, quantize, token_scale, weight_range
+from rolora.affine import activation_range, quantize, token_magnitude, weight_range
 from rolora.fake_quant import fake_quantize
 from rolora.linear import QuantizedLinear
 from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
@@ -93,8 +93,10 @@ class InputQuantizer(nn.Module):
             return fake_quantize(x, self.value(), quant_min, quant_max)
         width = self.spec.group_size or x.shape[-1]
         groups = x.reshape(*x.shape[:-1], -1, width)
-        scale = token_scale(groups.detach(), self.spec.bits, 1.0) * self.value()
-        return fake_quantize(groups, scale, quant_min, quant_max).reshape(x.shape)
+        largest = token_magnitude(groups.detach())
+        factor = (self.value().double() / quant_max).float()  # as `quantize_tokens` rounds it
+        rounded = fake_quantize(groups / largest, factor, quant_min, quant_max) * largest
+        return rounded.reshape(x.shape)
 
 
 class QuantizationAwareLinear(nn.Module):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rolora.affine import activation_range, token_scale
+from rolora.affine import activation_range, token_magnitude
 from rolora.calibration import RangeObserver
 from rolora.decoder import DecoderNames
 from rolora.fake_quant import fake_quantize
@@ -89,8 +89,9 @@ def fake_quantize_input(x: Tensor, spec: ActivationSpec, static_scale: float | N
     if columns % width:
         raise ValueError(f"group size {width} does not divide the {columns} input columns")
     grouped = x.unflatten(-1, (-1, width))
-    scale = token_scale(grouped, spec.bits, spec.clip_ratio)
-    return fake_quantize(grouped, scale, quant_min, quant_max).flatten(-2)
+    largest = token_magnitude(grouped)
+    factor = largest.new_tensor(spec.clip_ratio / quant_max)
+    return (fake_quantize(grouped / largest, factor, quant_min, quant_max) * largest).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rolora.affine import (
-    SMALLEST_SCALE,
     activation_range,
     dequantize,
     quantize,
-    token_scale,
+    quantize_tokens,
     weight_range,
 )
 
@@ -53,7 +52,7 @@ def test_unclipped_tokens_are_within_half_a_step(
     bits: int, width: int, exponent: float, seed: int
 ) -> None:
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    scale = token_scale(x, bits, 1.0)
+    scale = quantize_tokens(x, bits, 1.0)[1]
     restored = dequantize(quantize(x, scale, *activation_range(bits)), scale)
     # Quotient and product round once each; both are at most quant_max + 1 steps.
     slack = 2 * EPS * 2 ** (bits - 1)
@@ -64,7 +63,7 @@ def test_unclipped_tokens_are_within_half_a_step(
 
 def test_a_clip_ratio_saturates_the_largest_and_refines_the_rest() -> None:
     x = torch.tensor([[10.0, 1.0, -0.3]])
-    full, clipped = (token_scale(x, 4, ratio) for ratio in (1.0, 0.5))
+    full, clipped = (quantize_tokens(x, 4, ratio)[1] for ratio in (1.0, 0.5))
     torch.testing.assert_close(clipped, full / 2, rtol=2 * EPS, atol=0)
     assert quantize(x, clipped, -8, 7).tolist() == [[7, 1, 0]]
     assert quantize(x, full, -8, 7).tolist() == [[7, 1, 0]]
@@ -75,15 +74,15 @@ def test_a_clip_ratio_saturates_the_largest_and_refines_the_rest() -> None:
 def test_a_token_of_zeros_stays_zeros() -> None:
     x = torch.zeros(2, 5)
     x[0, 0] = 1.0
-    scale = token_scale(x, 8, 1.0)
-    assert float(scale[1]) == pytest.approx(SMALLEST_SCALE)
+    scale = quantize_tokens(x, 8, 1.0)[1]
+    assert float(scale[1]) == pytest.approx(1 / 127)
     assert not quantize(x, scale, -128, 127)[1].any()
 
 
 def test_the_last_dimension_shares_a_scale_and_no_other() -> None:
     x = torch.randn(2, 3, 4)
-    assert token_scale(x, 8, 1.0).shape == (2, 3, 1)
+    assert quantize_tokens(x, 8, 1.0)[1].shape == (2, 3, 1)
     changed = x.clone()
     changed[1, 2] *= 5
-    same = token_scale(changed, 8, 1.0) == token_scale(x, 8, 1.0)
+    same = quantize_tokens(changed, 8, 1.0)[1] == quantize_tokens(x, 8, 1.0)[1]
     assert same.flatten().tolist() == [True] * 5 + [False]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rolora.affine import activation_range, dequantize, quantize, token_scale, weight_range
+from rolora.affine import activation_range, dequantize, quantize, quantize_tokens, weight_range
 from rolora.fake_quant import fake_quantize
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_forward_is_the_integer_arithmetic_to_the_bit(bits: int) -> None:
     x = torch.randn(33, 48, generator=torch.Generator().manual_seed(0)) * 3
-    scale = token_scale(x, bits, 0.9)
+    scale = quantize_tokens(x, bits, 0.9)[1]
     expected = dequantize(quantize(x, scale, *activation_range(bits)), scale)
     assert torch.equal(fake_quantize(x, scale, *activation_range(bits)), expected)
 
