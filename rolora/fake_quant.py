@@ -17,26 +17,31 @@ whose steps need no such factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rolora.affine import activation_range
+
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        ctx.save_for_backward(x, scale)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *divisors: Tensor
+    ) -> Tensor:
+        divisors = divisors or (scale,)
+        ctx.save_for_backward(x, scale, *divisors)
         ctx.range = quant_min, quant_max
-        return torch.div(x, scale).round_().clamp_(quant_min, quant_max).mul_(scale)
+        return _divide(x, divisors).round_().clamp_(quant_min, quant_max).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, scale = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, *divisors = ctx.saved_tensors
         quant_min, quant_max = ctx.range
         (gradient,) = gradients
-        v = torch.div(x, scale)
+        v = _divide(x, divisors)
         q = torch.round(v)
         inside = (q >= quant_min) & (q <= quant_max)
         of_x = gradient * inside if ctx.needs_input_grad[0] else None
@@ -44,7 +49,15 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             q.clamp_(quant_min, quant_max).sub_(v.mul_(inside)).mul_(gradient)
             of_scale = q.sum_to_size(scale.shape)
-        return of_x, of_scale, None, None
+        return of_x, of_scale, *(None for _ in ctx.needs_input_grad[2:])
+
+
+def _divide(x: Tensor, divisors: Sequence[Tensor]) -> Tensor:
+    """Return a new tensor: x over the divisors, one after the other."""
+    quotient = torch.div(x, divisors[0])
+    for divisor in divisors[1:]:
+        quotient.div_(divisor)
+    return quotient
 
 
 def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -61,3 +74,20 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> T
     """
     apply: Callable[..., Tensor] = _FakeQuantize.apply
     return apply(x, scale, quant_min, quant_max)
+
+
+def fake_quantize_tokens(x: Tensor, largest: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """Round tokens with scales of their own; gradients reach x, and the scale's two parts.
+
+    Args:
+        x: float [..., K].
+        largest: Of each token, [..., 1], from `token_magnitude`.
+        factor: Scalar: clip_ratio / quant_max.
+        bits: Activation bits.
+
+    Equivalent to:
+        `dequantize(*quantize_tokens(x, bits, clip_ratio))`, to the bit.
+    """
+    apply: Callable[..., Tensor] = _FakeQuantize.apply
+    parts = largest.detach(), factor.detach()
+    return apply(x, largest * factor, *activation_range(bits), *parts)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rolora.affine import activation_range, quantize, token_magnitude, weight_range
-from rolora.fake_quant import fake_quantize
+from rolora.fake_quant import fake_quantize, fake_quantize_tokens
 from rolora.linear import QuantizedLinear
 from rolora.scheme import UNQUANTIZED_BITS, ActivationSpec, Granularity, WeightSpec
 
@@ -95,8 +95,7 @@ class InputQuantizer(nn.Module):
         groups = x.reshape(*x.shape[:-1], -1, width)
         largest = token_magnitude(groups.detach())
         factor = (self.value().double() / quant_max).float()  # as `quantize_tokens` rounds it
-        rounded = fake_quantize(groups / largest, factor, quant_min, quant_max) * largest
-        return rounded.reshape(x.shape)
+        return fake_quantize_tokens(groups, largest, factor, self.spec.bits).reshape(x.shape)
 
 
 class QuantizationAwareLinear(nn.Module):

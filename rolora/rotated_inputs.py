@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from rolora.affine import activation_range, token_magnitude
 from rolora.calibration import RangeObserver
 from rolora.decoder import DecoderNames
-from rolora.fake_quant import fake_quantize
+from rolora.fake_quant import fake_quantize, fake_quantize_tokens
 from rolora.kronecker import Rotation
 from rolora.naming import naming
 from rolora.rotation import RotationPlan
@@ -91,7 +91,7 @@ def fake_quantize_input(x: Tensor, spec: ActivationSpec, static_scale: float | N
     grouped = x.unflatten(-1, (-1, width))
     largest = token_magnitude(grouped)
     factor = largest.new_tensor(spec.clip_ratio / quant_max)
-    return (fake_quantize(grouped / largest, factor, quant_min, quant_max) * largest).flatten(-2)
+    return fake_quantize_tokens(grouped, largest, factor, spec.bits).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)

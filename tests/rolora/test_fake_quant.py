@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rolora.affine import activation_range, dequantize, quantize, quantize_tokens, weight_range
-from rolora.fake_quant import fake_quantize
+from rolora.affine import (
+    activation_range,
+    dequantize,
+    quantize,
+    quantize_tokens,
+    token_magnitude,
+    weight_range,
+)
+from rolora.fake_quant import fake_quantize, fake_quantize_tokens
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -55,3 +62,25 @@ def test_what_needs_no_gradient_gets_none() -> None:
     scale = torch.tensor(0.5)
     fake_quantize(x, scale, -8, 7).sum().backward()
     assert scale.grad is None
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.9])
+def test_tokens_are_rounded_as_integers_are_to_the_bit(bits: int, clip_ratio: float) -> None:
+    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(bits)) * 3
+    x[3] = 0
+    factor = torch.tensor(clip_ratio / activation_range(bits)[1])
+    found = fake_quantize_tokens(x, token_magnitude(x), factor, bits)
+    assert torch.equal(found, dequantize(*quantize_tokens(x, bits, clip_ratio)))
+
+
+def test_a_tokens_scale_has_the_gradient_of_learned_step_sizes() -> None:
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2)).double()
+    largest = token_magnitude(x)
+    factor = torch.tensor(0.8 / 7, dtype=torch.float64, requires_grad=True)
+    fake_quantize_tokens(x, largest, factor, 4).square().sum().backward()
+    scale = (largest * factor.detach()).requires_grad_()
+    fake_quantize(x, scale, -8, 7).square().sum().backward()
+    assert factor.grad is not None
+    assert scale.grad is not None
+    torch.testing.assert_close(factor.grad, (scale.grad * largest).sum())
