@@ -5,6 +5,8 @@ packed:
 
     v = x / s,   q = clamp(round(v), quant_min, quant_max),   x' = s q
 
+or, where a token has a scale s = m c of its own, v = (x / m) / c.
+
 Backward passes the gradient g of x' straight through where v was not clamped (straight-through
 estimator, arXiv:1308.3432), and gives the scale the derivative of learned step size quantization
 (LSQ, arXiv:1902.08153, equation 3)
