@@ -187,15 +187,13 @@ def graph_forms(
     if target in (Target.QDQ, Target.CUDA):
         _require_wide_embedding(checkpoint, target)
     if target is Target.QDQ:
+        _require_float_cache(checkpoint, target, "float")
         require_static(checkpoint, linears)
         return (PORTABLE_GRAPH,)
     for linear in linears:
         _require_kernel(checkpoint, linear, target)
-    if target is Target.CUDA and checkpoint.kv_bits != FLOAT_KV_BITS:
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: --target cuda keeps the KV cache in float16, the checkpoint "
-            f"has {checkpoint.kv_bits} bits; quantize with --kv-bits {FLOAT_KV_BITS}"
-        )
+    if target is Target.CUDA:
+        _require_float_cache(checkpoint, target, "float16")
     half = target is Target.CUDA
     forms = _forms(checkpoint, kernel, linears, phases=not half)
     return tuple(replace(form, target=target, half=half) for form in forms)
@@ -229,6 +227,15 @@ def _require_float16(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory}: --target {Target.CUDA} computes in float16 between the "
             f"linears, which {checkpoint.config.model_type}'s residual stream exceeds: its norms "
             f"stand behind the linears too; use --target {Target.CPU} or {Target.QDQ}"
+        )
+
+
+def _require_float_cache(checkpoint: Checkpoint, target: Target, kept: str) -> None:
+    """Refuse a quantized KV cache."""
+    if checkpoint.kv_bits != FLOAT_KV_BITS:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: --target {target} keeps the KV cache in {kept}, the "
+            f"checkpoint has {checkpoint.kv_bits} bits; quantize with --kv-bits {FLOAT_KV_BITS}"
         )
 
 
@@ -306,14 +313,9 @@ def require_static(checkpoint: AnyCheckpoint, linears: list[StoredLinear]) -> No
     """Refuse what QuantizeLinear and DequantizeLinear with constant scales cannot say.
 
     Raises:
-        UnsupportedModelError: An input has run-time scales or fewer than 8 bits, or the KV cache is
-            quantized; the message says how to make a checkpoint without that.
+        UnsupportedModelError: An input has run-time scales or fewer than 8 bits; the message says
+            how to make a checkpoint without that.
     """
-    if isinstance(checkpoint, Checkpoint) and checkpoint.kv_bits != FLOAT_KV_BITS:
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: --target qdq keeps the KV cache in float, the checkpoint has "
-            f"{checkpoint.kv_bits} bits; quantize with --kv-bits {FLOAT_KV_BITS}"
-        )
     for linear in linears:
         spec = linear.activation
         if spec is None or spec.is_float:

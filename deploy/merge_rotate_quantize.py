@@ -57,7 +57,7 @@ from rolora.decoder import DecoderNames
 from rolora.equalization import Equalization
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
-from rolora.rotation import RotationName, RotationPlan, require_blocks
+from rolora.rotation import RotationName, RotationPlan
 
 
 def merge_rotate_quantize(
@@ -284,8 +284,7 @@ def _require_blocks(
         )
     try:
         for name in sorted(at_run_time):
-            require_blocks(name, names, size)
-        plan.in_blocks(names, size)
+            plan.require_blocks(name, names, size)
     except ValueError as error:
         raise ConfigError(f"--rotation-block: {error}") from error
 

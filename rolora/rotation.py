@@ -219,18 +219,33 @@ class RotationPlan:
             ValueError: The size is out of range, divides a width not, or has no Hadamard matrix; or
                 this plan is a learned one.
         """
-        if self.kind is RotationKind.LEARNED:
-            raise ValueError("rotation plan: expected one that is drawn, got a learned one")
         at_run_time = {RotationName.R4}
         if not self.rotates_stream(names):
             at_run_time.add(RotationName.R1)
         content = dict(self.content)
         for name in sorted(at_run_time & self.names):
-            require_blocks(name, names, size)
+            self.require_blocks(name, names, size)
             drawn = _draw(self.kind, name, (1, size), self.seed, 0)
             content = {key: old for key, old in content.items() if not key.startswith(f"{name}.")}
             content |= {f"{name}.{entry}": tensor for entry, tensor in drawn.items()}
         return self._build(self.kind, self.seed, content)
+
+    def require_blocks(self, name: RotationName, names: DecoderNames, size: int) -> None:
+        """Refuse blocks of channels that a rotation of this kind cannot act on.
+
+        Raises:
+            ValueError: As `in_blocks`.
+        """
+        if self.kind is RotationKind.LEARNED:
+            raise ValueError("rotation plan: expected one that is drawn, got a learned one")
+        _, width = rotated_widths(names)[name]
+        if not 2 <= size <= LARGEST_BLOCK or width % size:
+            raise ValueError(
+                f"{name} in blocks: expected a size from 2 to {LARGEST_BLOCK} that divides the "
+                f"{width} channels, got {size}"
+            )
+        if self.kind is RotationKind.HADAMARD:
+            hadamard_factors(size)
 
     @classmethod
     def from_saved(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RotationPlan:
@@ -378,20 +393,6 @@ def rotated_widths(names: DecoderNames) -> dict[RotationName, tuple[str, int]]:
         RotationName.R3: ("head_dim", names.head_dim),
         RotationName.R4: ("intermediate_size", names.intermediate_size),
     }
-
-
-def require_blocks(name: RotationName, names: DecoderNames, size: int) -> None:
-    """Refuse a size of blocks that a rotation's channels do not have.
-
-    Raises:
-        ValueError: The size is out of range or no divisor.
-    """
-    _, width = rotated_widths(names)[name]
-    if not 2 <= size <= LARGEST_BLOCK or width % size:
-        raise ValueError(
-            f"{name} in blocks: expected a size from 2 to {LARGEST_BLOCK} that divides the "
-            f"{width} channels, got {size}"
-        )
 
 
 def _are_signs(kind: RotationKind, name: RotationName) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -111,11 +112,32 @@ def test_an_adapter_can_be_trained_between_blocks(model: Path, tmp_path: Path) -
             {"rotation_block": 24, "equalize": True},
             "--rotation-block: R1 in blocks: .* divides the 32 channels, got 24",
         ),
+        (
+            {
+                "rotation_block": 16,
+                "rotate": "r1,r2",
+                "equalize": True,
+                "model": {"hidden_size": 36},
+            },
+            "--rotation-block: R1 in blocks: .* divides the 36 channels, got 16",
+        ),
+        (
+            {
+                "rotation_block": 6,
+                "rotate": "r1,r2",
+                "equalize": True,
+                "model": {"hidden_size": 36},
+            },
+            "--rotation-block: .*no construction reaches order 6",
+        ),
     ],
 )
 def test_blocks_that_nothing_can_act_on_are_refused(
-    model: Path, tmp_path: Path, options: dict[str, object], message: str
+    model: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
+    options = dict(options)
+    if sizes := options.pop("model", None):
+        model = save_model(tmp_path / "other", **sizes)
     with pytest.raises(ConfigError, match=message):
         make_checkpoint(model, tmp_path / "out", "W8A8", **{"rotation_block": 8, **options})
     assert not (tmp_path / "out").exists()
