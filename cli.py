@@ -161,6 +161,14 @@ class SymmetryName(StrEnum):
     ASYMMETRIC = "asymmetric"
 
 
+class EqualizeName(StrEnum):
+    """Inputs whose channels are scaled."""
+
+    NONE = "none"
+    INNER = "inner"
+    ALL = "all"
+
+
 class StaticName(StrEnum):
     """Values of --static."""
 
@@ -536,7 +544,7 @@ def merge_rotate_quantize_command(
     rotation_block: Annotated[
         int | None,
         typer.Option(
-            help="Channels that the rotations at run time mix (R4, and R1 with --equalize): 64 is "
+            help="Channels that the rotations at run time mix (R4; R1 with --equalize all): 64 is "
             "faster and mixes less. Default: all."
         ),
     ] = None,
@@ -608,11 +616,12 @@ def merge_rotate_quantize_command(
     ] = False,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
     equalize: Annotated[
-        bool | None,
+        EqualizeName | None,
         typer.Option(
-            "--equalize/--no-equalize",
-            help="Scale channels in front of the rotations by what each can bear of rounding; R1 "
-            "then acts at run time. Default: yes for activations of 4 or 6 bits.",
+            help="Scale channels in front of the rotations by what each can bear of rounding: "
+            "`inner` those between two linears of a block (values, the MLP's activation), which "
+            "costs nothing at run time; `all` those behind the norms too, and R1 then acts at run "
+            "time. Default: all for activations of 4 or 6 bits, inner for W8A8, else none.",
         ),
     ] = None,
     calibration: Annotated[str | None, typer.Option(help=TASK_CALIBRATION_HELP)] = None,
@@ -641,6 +650,7 @@ def merge_rotate_quantize_command(
     from deploy.model_location import is_encoder
     from deploy.quantize_encoder import quantize_encoder
     from reslora.merge import MergeMethod
+    from rolora.equalization import Equalized
     from rolora.mixed_precision import Budget
     from rolora.overrides import Override
     from rolora.rotation import RotationKind
@@ -679,7 +689,7 @@ def merge_rotate_quantize_command(
             budget=budget,
             stored_rotation=rotation,
             kv_bits=kv_bits,
-            equalize=equalize,
+            equalize=None if equalize is None else Equalized(equalize),
             rotation_block=rotation_block,
         )
     if dry_run:

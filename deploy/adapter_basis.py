@@ -69,7 +69,7 @@ def require_adapter_basis(plan: RotationPlan, config: AdapterConfig) -> None:
     if plan.equalization is not None:
         raise ValueError(
             "expected no equalization, whose scales differ between the layers that a shortcut "
-            "joins, got one; use a rotation made with --no-equalize, or train without --structure"
+            "joins, got one; use a rotation made with --equalize none, or train without --structure"
         )
     if plan.r2 is None:
         return

@@ -126,8 +126,9 @@ def last_hidden(
     """
     shape = graph.value("Shape", [input_ids], "last/Shape")
     length = graph.value("Gather", [shape, graph.constant(np.int64(1))], "last/Gather", axis=0)
-    past = graph.value("Sub", [shared.total, length], "last/past/Sub")
-    index = graph.value("Sub", [shared.last_position, past], "last/index/Sub")
+    end = graph.value("Sub", [length, graph.constant(np.int64(1))], "last/end/Sub")
+    # A prompt's last token is where its padding begins, a later one's in the last column.
+    index = graph.value("Min", [shared.last_position, end], "last/index/Min")
     axes = graph.constant(np.array([1, 2], np.int64))
     index = graph.value("Unsqueeze", [index, axes], "last/Unsqueeze")
     return graph.value("GatherND", [hidden, index], "last/GatherND", batch_dims=1)

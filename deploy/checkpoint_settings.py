@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from deploy.errors import ConfigError
 from deploy.shortcut_merge import AUTO
 from reslora.merge import MergeMethod
+from rolora.equalization import Equalized
 from rolora.kv_cache import FLOAT_KV_BITS, check_kv_bits
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
@@ -121,9 +123,24 @@ def choose_recipe(
     )
 
 
-def equalizes_by_default(scheme: Scheme) -> bool:
-    """Return whether channel scales pay: R1 at run time costs what 8 bits have no need of."""
-    return scheme.activation_bits <= EQUALIZED_BITS
+def default_equalization(
+    recipe: QuantizationRecipe | None, rotations: Set[RotationName]
+) -> Equalized:
+    """Return which inputs have channel scales, in front of freshly drawn rotations.
+
+    Scales pay where a rotation mixes the channels behind them. Those behind the norms put R1 at run
+    time, whose cost inputs of 8 bits have no need of; but one table for embedding and head has.
+    The inner ones alone gain where inputs are what costs (measured: at W8A8; at W4A8 nothing).
+    """
+    if recipe is None:
+        return Equalized.NONE
+    scheme = recipe.scheme
+    few_bits = scheme.activation_bits <= EQUALIZED_BITS
+    if RotationName.R1 in rotations and (few_bits or recipe.shared_table):
+        return Equalized.ALL
+    inputs_cost = scheme.activation_bits <= min(8, scheme.weight_bits)
+    mixed = rotations >= {RotationName.R2, RotationName.R4}
+    return Equalized.INNER if inputs_cost and mixed else Equalized.NONE
 
 
 def parse_activation_clip(text: str | None) -> float | Literal["auto"] | None:
@@ -188,8 +205,9 @@ class CheckpointSettings:
 
     kv_bits: int = FLOAT_KV_BITS
     """Of the KV cache: 8, 4, or 16 for float."""
-    equalize: bool | None = None
-    """Scale channels in front of the rotations; None is yes for inputs of few bits."""
+    equalize: Equalized | None = None
+    """Inputs whose channels are scaled in front of the rotations; None depends on the bits
+    (`default_equalization`)."""
     rotation_block: int | None = None
     """Channels that rotations at run time mix; None is all of them."""
 
@@ -237,7 +255,7 @@ class CheckpointSettings:
             "rotation": None if self.stored_rotation is None else str(self.stored_rotation),
             "recipe": recipe,
             "kv_bits": self.kv_bits,
-            "equalize": self.equalize,
+            "equalize": None if self.equalize is None else str(self.equalize),
             "calibration": self.calibration,
             "calibration_windows": self.calibration_windows,
             "calibration_tokens": self.calibration_tokens,

@@ -51,6 +51,7 @@ from deploy.weight_files import CONFIG_NAME
 from rolora.affine import dequantize
 from rolora.kronecker import Rotation
 from rolora.linear import dequantized_weight
+from rolora.rotation import RotationName
 from rolora.rotation_table import applications
 from rolora.scheme import Granularity
 
@@ -189,7 +190,7 @@ def _transform_config(checkpoint: Checkpoint) -> TransformConfig | None:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: its channels are scaled and R1 acts at run time, in a form "
             f"that compressed-tensors has no words for; make the checkpoint again with rolora "
-            f"merge-rotate-quantize --no-equalize"
+            f"merge-rotate-quantize --equalize inner"
         )
     if plan is None or plan.r4 is None:
         return None
@@ -202,8 +203,8 @@ def _transform_config(checkpoint: Checkpoint) -> TransformConfig | None:
             f"merge-rotate-quantize --rotate r1,r2"
         ) from error
     width = checkpoint.names.intermediate_size
-    online = [entry.fqn for entry in applications(plan, checkpoint.names) if entry.online]
-    part = online[0].rpartition(".")[2]
+    r4 = (each for each in applications(plan, checkpoint.names) if each.rotation is RotationName.R4)
+    part = next(r4).fqn.rpartition(".")[2]
     return TransformConfig(
         config_groups={
             TRANSFORM_NAME: TransformScheme(

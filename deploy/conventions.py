@@ -37,10 +37,8 @@ class Conventions:
     embedding_scale: float | None
     """Factor of the embedding, float32; None is 1, and no product."""
 
-    @property
-    def torch_attention(self) -> str:
-        """The attention of transformers that computes it: sdpa knows no cap."""
-        return "sdpa" if self.attention_cap is None else "eager"
+    torch_attention: str
+    """The attention of transformers that computes it: sdpa knows no cap, nor has Gemma 2 it."""
 
 
 def conventions(config: PreTrainedConfig) -> Conventions:
@@ -70,6 +68,7 @@ def conventions(config: PreTrainedConfig) -> Conventions:
         attention_cap=caps[0],
         logit_cap=caps[1],
         embedding_scale=config.hidden_size**0.5 if family.scales_embedding else None,
+        torch_attention="eager" if family.caps_scores else "sdpa",
     )
 
 

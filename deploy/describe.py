@@ -49,9 +49,10 @@ class Description:
             rows.append(("scheme", str(scheme)))
         if rotation := details.get("rotation"):
             names = ", ".join(sorted(rotation["rotations"]))
-            scaled = "channel scales, " if rotation.get("equalized") else ""
             drawn = f"({rotation['kind']}, seed {rotation['seed']})"
-            rows.append(("rotation", f"{scaled}{names} {drawn}"))
+            rows.append(("rotation", f"{names} {drawn}"))
+            if scaled := rotation.get("equalized"):
+                rows.append(("channel scales", str(scaled)))
         if learning := details.get("learning"):
             rows += learning_rows(learning)
         if linears := details.get("linears"):

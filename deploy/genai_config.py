@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from deploy.conventions import context_length
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
-from deploy.session import HIDDEN_NAME, PROMPT_NAME, TOKEN_NAME
+from deploy.session import HIDDEN_NAME, PORTABLE_OPTIONS, PROMPT_NAME, TOKEN_NAME
 from deploy.targets import Target
 from rolora.decoder import DecoderNames
 
@@ -62,7 +62,8 @@ def genai_config(
                 "session_options": {
                     "log_id": "onnxruntime-genai",
                     "provider_options": [{"cuda": {}}] if target is Target.CUDA else [],
-                },
+                }
+                | (PORTABLE_OPTIONS if target is Target.QDQ else {}),
                 **_graphs(decoders, len(names.blocks)),
                 "head_size": names.head_dim,
                 "hidden_size": names.hidden_size,

@@ -39,8 +39,8 @@ from deploy.checkpoint_report import CheckpointReport, quantization_details
 from deploy.checkpoint_settings import (
     CheckpointSettings,
     RotationChoice,
+    default_equalization,
     default_rotations,
-    equalizes_by_default,
 )
 from deploy.decoder_source import DecoderSource, open_decoder
 from deploy.equalize import measure_equalization
@@ -54,7 +54,7 @@ from deploy.staging import require_free_space
 from deploy.stored_rotation import StoredRotation, open_rotation
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.decoder import DecoderNames
-from rolora.equalization import Equalization
+from rolora.equalization import Equalization, Equalized
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
 from rolora.rotation import RotationName, RotationPlan
@@ -96,12 +96,14 @@ def merge_rotate_quantize(
         parents["rotation"] = stored.digest
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     is_fresh = stored is None and (adapter is None or adapter.rotation is None)
-    equalizes = _equalizes(settings, plan, is_fresh)
-    _require_blocks(settings, plan, names, is_fresh=is_fresh, equalizes=equalizes)
+    equalized = _equalized(settings, plan, is_fresh)
+    scales_norms = equalized is Equalized.ALL
+    _require_blocks(settings, plan, names, is_fresh=is_fresh, scales_norms=scales_norms)
     if settings.shares_table:
-        _require_one_table(source, adapter, plan, equalizes=equalizes)
+        _require_one_table(source, adapter, plan, scales_norms=scales_norms)
     if settings.recipe is not None:
-        scaled = equalizes or (plan is not None and plan.equalization is not None)
+        own = None if plan is None else plan.equalization
+        scaled = scales_norms or (own is not None and own.inputs is Equalized.ALL)
         rotated = plan is not None and plan.r1 is not None
         recipe = settings.recipe.in_basis(rotated=rotated, scaled=scaled)
         settings = replace(settings, recipe=recipe)
@@ -122,6 +124,7 @@ def merge_rotate_quantize(
             progress(f"going on behind {finished} finished parts")
         if source.whole_because is not None:
             progress(f"working on the whole model in memory: {source.whole_because}")
+        equalizes = equalized is not Equalized.NONE
         calibrates = equalizes or settings.recipe is not None or settings.kv_bits != FLOAT_KV_BITS
         batches = _calibration(source, settings) if calibrates else []
         if plan is not None and equalizes:
@@ -129,7 +132,7 @@ def merge_rotate_quantize(
             scales = Equalization.from_tensors(store.states()) if finished else None
             if scales is None:
                 source.begin(None, lambda: batches, progress)
-                scales = measure_equalization(source, settings, batches, progress)
+                scales = measure_equalization(source, settings, equalized, batches, progress)
             plan = plan.with_equalization(scales)
         if plan is not None and settings.rotation_block is not None:
             plan = plan.in_blocks(names, settings.rotation_block)
@@ -225,8 +228,10 @@ def choose_rotation(
         raise UnsupportedModelError(str(error)) from error
 
 
-def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh: bool) -> bool:
-    """Return whether channels are to be scaled in front of the rotations.
+def _equalized(
+    settings: CheckpointSettings, plan: RotationPlan | None, is_fresh: bool
+) -> Equalized:
+    """Return which inputs are to have scales in front of the rotations.
 
     Args:
         settings: What the user asked for.
@@ -236,19 +241,23 @@ def _equalizes(settings: CheckpointSettings, plan: RotationPlan | None, is_fresh
     Raises:
         ConfigError: The user asked for scales where there can be none.
     """
-    if settings.equalize is None:
-        recipe = settings.recipe
-        few_bits = recipe is not None and equalizes_by_default(recipe.scheme)
-        wanted = few_bits or settings.shares_table
-        return wanted and is_fresh and plan is not None and plan.r1 is not None
-    if settings.equalize and plan is None:
-        raise ConfigError("--equalize needs a rotation behind the scales: leave --rotate out")
-    if settings.equalize and not is_fresh:
+    wanted = settings.equalize
+    if wanted is None:
+        if plan is None or not is_fresh:
+            return Equalized.NONE
+        return default_equalization(settings.recipe, plan.names)
+    if wanted is Equalized.NONE:
+        return wanted
+    if plan is None:
         raise ConfigError(
-            "--equalize: the rotation is that of another artifact, with or without scales of "
-            "its own; leave --equalize out"
+            f"--equalize {wanted} needs a rotation behind the scales: leave --rotate out"
         )
-    return settings.equalize
+    if not is_fresh:
+        raise ConfigError(
+            f"--equalize {wanted}: the rotation is that of another artifact, with or without "
+            f"scales of its own; leave --equalize out"
+        )
+    return wanted
 
 
 def _require_blocks(
@@ -257,7 +266,7 @@ def _require_blocks(
     names: DecoderNames,
     *,
     is_fresh: bool,
-    equalizes: bool,
+    scales_norms: bool,
 ) -> None:
     """Refuse blocks of channels for rotations that cannot act on them.
 
@@ -274,13 +283,13 @@ def _require_blocks(
             f"blocks of its own; leave --rotation-block out"
         )
     at_run_time = {RotationName.R4}
-    if equalizes or (plan is not None and not plan.rotates_stream(names)):
+    if scales_norms or (plan is not None and not plan.rotates_stream(names)):
         at_run_time.add(RotationName.R1)
     at_run_time &= frozenset() if plan is None else plan.names
     if plan is None or not at_run_time:
         raise ConfigError(
             f"--rotation-block {size}: no rotation acts at run time (r4 does, and r1 with "
-            f"--equalize); leave --rotation-block out"
+            f"--equalize all); leave --rotation-block out"
         )
     try:
         for name in sorted(at_run_time):
@@ -294,7 +303,7 @@ def _require_one_table(
     adapter: StoredAdapter | None,
     plan: RotationPlan | None,
     *,
-    equalizes: bool,
+    scales_norms: bool,
 ) -> None:
     """Refuse to store one table for embedding and head where the head would have other numbers.
 
@@ -315,11 +324,11 @@ def _require_one_table(
             f"--share-table: the adapter changes {', '.join(sorted(changed))}, and embedding and "
             f"head are no longer one table; leave --share-table out"
         )
-    if plan is not None and not equalizes:
+    if plan is not None and not scales_norms:
         raise ConfigError(
-            "--share-table: without channel scales the gain of the final norm is folded into the "
-            "head, whose numbers are then no longer the embedding's; leave --no-equalize and "
-            "--rotation out, keep R1 among --rotate, or give --rotate none"
+            "--share-table: without channel scales behind the norms the gain of the final norm is "
+            "folded into the head, whose numbers are then no longer the embedding's; leave "
+            "--equalize and --rotation out, keep R1 among --rotate, or give --rotate none"
         )
 
 

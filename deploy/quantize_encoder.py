@@ -47,6 +47,7 @@ from deploy.shortcut_merge import merge_stored_adapter
 from reslora.labelled_rows import LabelScheme
 from rolora.calibrated_plan import CalibratedPlan, calibrate_plan, needs_whole_model
 from rolora.encoder import EncoderNames
+from rolora.equalization import Equalized
 from rolora.kv_cache import FLOAT_KV_BITS
 from rolora.layer_plan import plan_layers
 from rolora.quantization_walk import quantize_model
@@ -124,8 +125,10 @@ def _refuse_decoder_options(settings: CheckpointSettings) -> None:
         )
     if settings.rotation_block is not None:
         faults.append("no rotation has blocks there; leave --rotation-block out")
-    if settings.equalize:
-        faults.append("channel scales need a rotation behind them; leave --equalize out")
+    if settings.equalize not in (None, Equalized.NONE):
+        faults.append(
+            "channel scales need a rotation behind them; leave --equalize out, or give none"
+        )
     if settings.kv_bits != FLOAT_KV_BITS:
         faults.append("an encoder has no KV cache; leave --kv-bits out")
     if settings.budget is not None:

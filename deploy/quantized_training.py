@@ -40,6 +40,7 @@ from reslora.inside_weight import WeightChange, put_inside_weights, require_insi
 from reslora.training_extension import TrainingExtension
 from rolora.blocks import readers_by_linear
 from rolora.decoder import DecoderNames
+from rolora.equalization import Equalized
 from rolora.fold import untie_head
 from rolora.head_loss import Head, cross_entropy, divergence
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
@@ -330,21 +331,28 @@ def _require_quantized(start: Checkpoint, quantized: nn.Module, targets: list[st
 def _require_one_basis(
     start: Checkpoint, config: AdapterConfig, targets: list[str], names: DecoderNames
 ) -> None:
-    """Refuse a shortcut between layers whose R2 differ (see `adapter_basis`)."""
-    r2 = None if start.rotation is None else start.rotation.r2
-    if config.reach and start.rotation is not None and start.rotation.equalization is not None:
-        raise ConfigError(
-            f"{start.directory}: every layer has channel scales of its own, and a shortcut would "
-            "mix their bases; quantize the start with --no-equalize, or train without --structure"
-        )
-    if (
-        config.reach == 0
-        or r2 is None
-        or all(torch.equal(r2[0].dense(), each.dense()) for each in r2)
-    ):
+    """Refuse a shortcut between layers whose R2 or scales differ (see `adapter_basis`)."""
+    plan = start.rotation
+    if config.reach == 0 or plan is None:
         return
-    mixed = {fqn for block in names.blocks for fqn in (block.value, block.output)}
-    if clash := sorted(mixed & set(targets)):
+    scales = Equalized.NONE if plan.equalization is None else plan.equalization.inputs
+    inner = {fqn for block in names.blocks for fqn in (block.value, block.output)}
+    if scales is not Equalized.NONE:
+        mixed = set(names.linears())
+        if scales is Equalized.INNER:
+            mixed = inner | {fqn for block in names.blocks for fqn in (block.up, block.down)}
+        if clash := sorted(mixed & set(targets)):
+            left_out = (
+                "" if scales is Equalized.ALL else "leave v, o, up and down out of --targets, "
+            )
+            raise ConfigError(
+                f"{start.directory}: every layer has channel scales of its own, and a shortcut at "
+                f"{clash[0]} would mix their bases; quantize the start with --equalize none, "
+                f"{left_out}or train without --structure"
+            )
+    if plan.r2 is None or all(torch.equal(plan.r2[0].dense(), each.dense()) for each in plan.r2):
+        return
+    if clash := sorted(inner & set(targets)):
         raise ConfigError(
             f"{start.directory}: every layer has an R2 of its own, and a shortcut at {clash[0]} "
             "would mix their bases; quantize the start with --rotate r1,r4, or leave v and o out "

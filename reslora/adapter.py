@@ -50,6 +50,7 @@ _FOREIGN_OPTIONS = (
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",
+    "alora_invocation_tokens",
 )
 """PEFT options that change what the tensors mean; an adapter that uses one is refused."""
 _HARMLESS_STARTS = (None, False, "eva", "mica")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rolora.block_stream import BlockStream, KnownRows, rows_of, rows_of_tokens, tokens_in
 from rolora.decoder import BlockNames, DecoderNames
-from rolora.equalization import FIELDS, Equalization, Noise
+from rolora.equalization import FIELDS, INNER_FIELDS, Equalization, Equalized, Noise
 from rolora.fold import norm_gain, row_chunks
 
 SMALLEST_SHARE = 1e-6
@@ -25,9 +25,10 @@ class EqualizationWalk:
         names: Its parts.
         batches: Forward-pass batches with `input_ids`, at least one.
         noise: What the scales make least.
+        inputs: Which have scales; for `INNER` the head is not to be measured.
 
     Raises:
-        ValueError: There are no batches.
+        ValueError: There are no batches, or no inputs are to have scales.
     """
 
     def __init__(
@@ -36,13 +37,17 @@ class EqualizationWalk:
         names: DecoderNames,
         batches: Sequence[Mapping[str, Tensor]],
         noise: Noise = Noise.OF_INPUTS,
+        inputs: Equalized = Equalized.ALL,
     ) -> None:
         if not batches:
             raise ValueError("equalization: expected calibration text, got none")
+        if inputs is Equalized.NONE:
+            raise ValueError("equalization: expected inputs to measure, got none")
         self._model, self._names, self._batches = model, names, batches
         self._noise = noise
         self._stream: BlockStream | None = None
-        self._scales: dict[str, list[Tensor]] = {name: [] for name in FIELDS}
+        wanted = INNER_FIELDS if inputs is Equalized.INNER else FIELDS
+        self._scales: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def begin(self, rows: Iterable[Tensor]) -> None:
         """Put the states in front of the first block.
@@ -62,10 +67,14 @@ class EqualizationWalk:
             ValueError: An input or a weight is not finite; the message names the linear.
         """
         assert self._stream is not None
-        shared = block.shared_inputs()
-        found = self._stream.advance(block, kept=[readers[0] for readers in shared])
         norms = (block.attention_norm, None, block.mlp_norm, None)
-        for name, readers, norm in zip(FIELDS, shared, norms, strict=False):
+        measured = [
+            (name, readers, norm)
+            for name, readers, norm in zip(FIELDS[:-1], block.shared_inputs(), norms, strict=True)
+            if name in self._scales
+        ]
+        found = self._stream.advance(block, kept=[readers[0] for _, readers, _ in measured])
+        for name, readers, norm in measured:
             inputs = _energy(found.pop(readers[0]))
             columns = torch.stack([self._columns(fqn) for fqn in readers]).sum(0)
             if name == "value":
@@ -112,7 +121,9 @@ class EqualizationWalk:
     def result(self) -> Equalization:
         """Return the scales of all parts."""
         stacked = {name: torch.stack(found) for name, found in self._scales.items()}
-        return Equalization(**{**stacked, "head": stacked["head"][0]})
+        if "head" in stacked:
+            stacked["head"] = stacked["head"][0]
+        return Equalization(**stacked)
 
     def _columns(self, fqn: str) -> Tensor:
         """Return the squared norms of a weight's columns, float64 [in]."""

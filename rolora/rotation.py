@@ -11,7 +11,7 @@ stays as it is, and R1 is put on at run time in front of the linears that read i
 
     R1  normed stream    put on in front of q, k, v, gate, up, head, which undo it in their weights
 
-The same is done where the plan has an equalization (`rolora.equalization`): the scales of channels
+The same is done where an equalization (`rolora.equalization`) has scales behind the norms: they
 differ from norm to norm, and an R1 in the stream could not follow them.
 
 R2 passes through attention because attention only averages the value vectors of one head over
@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from rolora.decoder import DecoderNames
-from rolora.equalization import KEYS, Equalization
+from rolora.equalization import KEYS, Equalization, Equalized
 from rolora.hadamard import hadamard_construction, hadamard_factors, random_orthogonal
 from rolora.kronecker import (
     Rotation,
@@ -174,7 +174,9 @@ class RotationPlan:
         return self._build(self.kind, self.seed, content)
 
     def with_equalization(self, equalization: Equalization) -> RotationPlan:
-        """Return a plan with scales in front of its rotations; its R1 acts at run time.
+        """Return a plan with scales in front of its rotations.
+
+        Its R1 acts at run time where the norms have scales.
 
         Raises:
             ValueError: This plan has scales, or its R1 was learned for the stream.
@@ -191,7 +193,8 @@ class RotationPlan:
 
     def rotates_stream(self, names: DecoderNames) -> bool:
         """Return whether R1 is in the residual stream, not at run time behind each norm."""
-        return names.post_norm is None and self.equalization is None
+        scaled = self.equalization is not None and self.equalization.inputs is Equalized.ALL
+        return names.post_norm is None and not scaled
 
     def with_r3(self, names: DecoderNames) -> RotationPlan:
         """Return the plan with an R3 of its kind and seed; a plan that has one is returned as is.
@@ -284,7 +287,7 @@ class RotationPlan:
         return dict(self.content)
 
     def to_metadata(self) -> dict[str, Any]:
-        """Return a JSON-ready description: kind, seed, digest, shapes, whether it has scales."""
+        """Return a JSON-ready description: kind, seed, digest, shapes, which inputs have scales."""
         rotations: dict[str, dict[str, Any]] = {}
         for name, members in self._members():
             left, right = members[0].left.shape[0], members[0].right.shape[0]
@@ -297,7 +300,7 @@ class RotationPlan:
             "seed": self.seed,
             "digest": self.digest,
             "rotations": rotations,
-        } | ({} if self.equalization is None else {"equalized": True})
+        } | ({} if self.equalization is None else {"equalized": str(self.equalization.inputs)})
 
     def fits(self, name: RotationName, channels: int) -> bool:
         """Return whether a rotation is for so many channels; one on blocks fits multiples."""

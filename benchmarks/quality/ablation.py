@@ -30,6 +30,7 @@ from deploy.evaluation import EvaluationSettings, run_evaluation
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.model_location import DEMO_MODEL
 from reslora.merge import MergeMethod
+from rolora.equalization import Equalized
 from rolora.rotation import RotationKind
 
 FLOAT = "float"
@@ -43,7 +44,7 @@ class Step:
     rotate: str
     weights: str
     clip: float
-    equalize: bool = False
+    equalize: Equalized = Equalized.NONE
 
 
 STEPS = (
@@ -52,8 +53,8 @@ STEPS = (
     Step("+ R2", "r1,r2", "rtn", 1.0),
     Step("+ R4", "r1,r2,r4", "rtn", 1.0),
     Step("+ inputs clipped at 0.7", "r1,r2,r4", "rtn", 0.7),
-    Step("+ channel scales, R1 at run time", "r1,r2,r4", "rtn", 0.7, equalize=True),
-    Step("+ GPTQ", "r1,r2,r4", "gptq", 0.7, equalize=True),
+    Step("+ channel scales, R1 at run time", "r1,r2,r4", "rtn", 0.7, equalize=Equalized.ALL),
+    Step("+ GPTQ", "r1,r2,r4", "gptq", 0.7, equalize=Equalized.ALL),
 )
 
 

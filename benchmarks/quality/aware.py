@@ -35,6 +35,7 @@ from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.config import AdapterConfig
 from reslora.merge import MergeMethod
 from reslora.settings import Keep, Precision, TrainSettings
+from rolora.equalization import Equalized
 from rolora.kv_cache import FLOAT_KV_BITS
 
 
@@ -56,7 +57,7 @@ class Case:
 
     scheme: str
     rounds: tuple[Round, ...]
-    equalize: bool | None = None
+    equalize: Equalized | None = None
     """Channel scales; None where the scheme has them by default."""
     shared_table: bool = False
     """One table for embedding and head."""
@@ -69,11 +70,11 @@ class Case:
 CASES = {
     "w4a4": Case("W4A4", (Round(120, 5e-4, 64),)),
     "w4a8": Case("W4A8", (Round(220, 4e-4, 32),)),
-    "w4a8-scaled": Case("W4A8", (Round(220, 4e-4, 32),), equalize=True),
+    "w4a8-scaled": Case("W4A8", (Round(220, 4e-4, 32),), equalize=Equalized.ALL),
     "w4a8-shared": Case(
         "W4A8",
         (Round(120, 5e-4, 32),),
-        equalize=True,
+        equalize=Equalized.ALL,
         shared_table=True,
         kv_bits=8,
         rotation_block=64,

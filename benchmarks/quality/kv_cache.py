@@ -24,6 +24,7 @@ from deploy.evaluation import EvaluationSettings, run_evaluation
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.model_location import DEMO_MODEL
 from reslora.merge import MergeMethod
+from rolora.equalization import Equalized
 from rolora.rotation import RotationKind
 
 
@@ -34,13 +35,13 @@ class Case:
     scheme: str
     kv_bits: int
     rotate: str | None = None
-    equalize: bool = False
+    equalize: Equalized = Equalized.NONE
 
     @property
     def name(self) -> str:
         """Name in the JSON file."""
         rotation = "" if self.rotate is None else f"-{self.rotate.replace(',', '')}"
-        scaled = "-scaled" if self.equalize else ""
+        scaled = "" if self.equalize is Equalized.NONE else "-scaled"
         return f"{self.scheme.lower()}-kv{self.kv_bits}{rotation}{scaled}"
 
 
@@ -50,7 +51,7 @@ CASES = (
     Case("FP32", 8, rotate="r1,r2,r3,r4"),
     Case("FP32", 4),
     Case("FP32", 4, rotate="r1,r2,r4"),
-    Case("FP32", 4, equalize=True),
+    Case("FP32", 4, equalize=Equalized.ALL),
     Case("W8A8", 16),
     Case("W8A8", 8),
     Case("W8A8", 4),

@@ -28,6 +28,7 @@ from deploy.model_location import DEMO_MODEL
 from deploy.text_data import read_text
 from deploy.text_quality import Task, cut_windows, evaluate_model
 from reslora.merge import MergeMethod
+from rolora.equalization import Equalized
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
 from rolora.rotation import RotationKind
@@ -46,7 +47,7 @@ class Case:
     """Of `choose_recipe`, beyond the above."""
     overrides: tuple[str, ...] = ()
     budget: str | None = None
-    equalize: bool | None = None
+    equalize: Equalized | None = None
     export: bool = True
     """False: the checkpoint is measured in torch."""
 
@@ -90,17 +91,19 @@ CASES = (
         weights="gptq",
         options={"activation_clip": "auto", "static": "auto"},
     ),
-    Case("w4a4-unscaled", "W4A4", weights="gptq", equalize=False),
-    Case("w4a4-rtn-unscaled", "W4A4", equalize=False),
-    Case("w6a6-unscaled", "W6A6", weights="gptq", equalize=False),
-    Case("w8a8-scaled", "W8A8", weights="gptq", equalize=True),
-    Case("w4a8-scaled", "W4A8", weights="gptq", equalize=True),
+    Case("w4a4-unscaled", "W4A4", weights="gptq", equalize=Equalized.NONE),
+    Case("w4a4-rtn-unscaled", "W4A4", equalize=Equalized.NONE),
+    Case("w6a6-unscaled", "W6A6", weights="gptq", equalize=Equalized.NONE),
+    Case("w8a8-unscaled", "W8A8", weights="gptq", equalize=Equalized.NONE),
+    Case("w4a8-unscaled", "W4A8", weights="gptq", equalize=Equalized.NONE),
+    Case("w8a8-scaled", "W8A8", weights="gptq", equalize=Equalized.ALL),
+    Case("w4a8-scaled", "W4A8", weights="gptq", equalize=Equalized.ALL),
     Case(
         "w4a8-tables-scaled",
         "W4A8",
         weights="gptq",
         options={"embedding_bits": 4, "head_bits": 4},
-        equalize=True,
+        equalize=Equalized.ALL,
     ),
     Case("w8a8-dynamic", "W8A8", weights="gptq", options={"static": False}),
     Case("w8a8-head16", "W8A8", weights="gptq", overrides=("head=A16",)),

@@ -51,6 +51,7 @@ from deploy.quantized_training import LearnFrom
 from reslora.config import AdapterConfig
 from reslora.merge import MergeMethod
 from reslora.settings import Precision, TrainSettings
+from rolora.equalization import Equalized
 from rolora.rotation import RotationKind
 
 ADAPTER = AdapterConfig(16, 16.0)
@@ -127,7 +128,6 @@ def quantize(
 ) -> None:
     """Merge, rotate and quantize."""
     bits, weights = SCHEMES[scheme]
-    scaled = order == "aware"
     rotation: RotationChoice | None = None  # the adapter's own, or a fresh one
     if order == "plain":
         rotation = parse_rotation("none", RotationKind.HADAMARD, 0)
@@ -138,7 +138,7 @@ def quantize(
         rotation,
         choose_recipe(bits, weights=weights),
         arguments.calibration,
-        equalize=scaled,
+        equalize=Equalized.ALL if order == "aware" else Equalized.NONE,
     )
     merge_rotate_quantize(settings, output)
 

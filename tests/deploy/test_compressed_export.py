@@ -67,13 +67,13 @@ class Exported:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A8": ("llama", {"rotate": "r1,r2"}),
     "W8A8 online": ("qwen2", {}),
-    "W4A4 online": ("mistral", {"activation_clip": 1.0, "equalize": False}),
+    "W4A4 online": ("mistral", {"activation_clip": 1.0, "equalize": "none"}),
     "W8A8 online blocks": ("llama", {"rotation_block": 8}),
     "W4A8 grouped": ("qwen3", {"rotate": "none", "group_size": 16}),
     "W8A8 grouped": ("mistral", {"rotate": "r1,r2", "group_size": 16}),
     "W6A6": (
         "llama",
-        {"rotate": "r1,r2", "equalize": False, "head_bits": 32, "embedding_bits": 32},
+        {"rotate": "r1,r2", "equalize": "none", "head_bits": 32, "embedding_bits": 32},
     ),
 }
 ONLINE = [name for name in CASES if "online" in name]
@@ -339,7 +339,7 @@ def test_what_the_format_cannot_say_is_refused(
 ) -> None:
     model = made("W8A8").checkpoint.parent / "model"
     clipped = make_checkpoint(
-        model, tmp_path / "clipped", "W4A4", weights="rtn", rotate="r1,r2", equalize=False
+        model, tmp_path / "clipped", "W4A4", weights="rtn", rotate="r1,r2", equalize="none"
     )
     message = r"4 linears .*o_proj .*clip their inputs at 0.7 .*--activation-clip 1"
     with pytest.raises(ConfigError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -39,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scaled(model: Path) -> Path:
-    return make_checkpoint(model, model.parent / "scaled", "FP32", equalize=True)
+    return make_checkpoint(model, model.parent / "scaled", "FP32", equalize="all")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -48,40 +49,51 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("equalize", ["inner", "all"])
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, "gemma2"])
 def test_a_float_checkpoint_with_scales_computes_what_the_model_does(
-    model_type: str, tmp_path: Path
+    model_type: str, equalize: str, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", model_type)
     expected = logits(load_model(model).model)
-    directory = make_checkpoint(model, tmp_path / "out", "FP32", equalize=True)
+    directory = make_checkpoint(model, tmp_path / "out", "FP32", equalize=equalize)
     with Checkpoint(directory) as checkpoint:
         assert checkpoint.rotation is not None
+        in_stream = equalize == "inner" and not model_type.startswith("gemma")
+        assert (checkpoint.online_r1 is None) is in_stream
         assert checkpoint.rotation.equalization is not None
         found = logits(checkpoint.load_model())
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
-    assert read_manifest(directory).details["rotation"]["equalized"] is True
+    assert read_manifest(directory).details["rotation"]["equalized"] == equalize
 
 
-def test_inputs_of_few_bits_have_scales_unless_told_otherwise(model: Path, tmp_path: Path) -> None:
-    for scheme, equalize, expected in (
-        ("W4A4", None, True),
-        ("W4A4", False, False),
-        ("W8A8", None, False),
-        ("W8A8", True, True),
-    ):
-        name = f"{scheme}-{equalize}"
-        directory = make_checkpoint(
-            model, tmp_path / name, scheme, equalize=equalize, weights="rtn"
-        )
-        assert read_manifest(directory).details["rotation"].get("equalized", False) is expected
+@pytest.mark.parametrize(
+    ("scheme", "options", "expected"),
+    [
+        ("FP32", {}, None),
+        ("W4A4", {}, "all"),
+        ("W4A4", {"equalize": "none"}, None),
+        ("W4A4", {"equalize": "inner"}, "inner"),
+        ("W4A4", {"rotate": "r2,r4"}, "inner"),
+        ("W8A8", {}, "inner"),
+        ("W4A8", {}, None),
+        ("W8A16", {}, None),
+        ("W8A8", {"equalize": "all"}, "all"),
+        ("W8A8", {"rotate": "r1,r2"}, None),
+    ],
+)
+def test_which_inputs_have_scales_depends_on_bits_and_rotations(
+    scheme: str, options: dict[str, Any], expected: str | None, model: Path, tmp_path: Path
+) -> None:
+    directory = make_checkpoint(model, tmp_path / "out", scheme, weights="rtn", **options)
+    assert read_manifest(directory).details["rotation"].get("equalized") == expected
 
 
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, "phi3", "gemma2"])
 @pytest.mark.parametrize("scheme", ["W4A4", "W8A8"])
 def test_an_export_rotates_behind_its_norms(model_type: str, scheme: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", model_type)
-    directory = make_checkpoint(model, tmp_path / "out", scheme, equalize=True, weights="rtn")
+    directory = make_checkpoint(model, tmp_path / "out", scheme, equalize="all", weights="rtn")
     make_export(directory, tmp_path / "onnx")  # with its parity check
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
     names = [node.name for node in graph.node]
@@ -92,7 +104,7 @@ def test_an_export_rotates_behind_its_norms(model_type: str, scheme: str, tmp_pa
 def test_signs_that_the_gains_lack_are_noticed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = make_checkpoint(model, tmp_path / "out", "W8A8", equalize=True, weights="rtn")
+    directory = make_checkpoint(model, tmp_path / "out", "W8A8", equalize="all", weights="rtn")
     online_r1 = Checkpoint.online_r1.fget
 
     def without_signs(self: Checkpoint) -> Rotation:
@@ -126,11 +138,13 @@ def test_an_adapter_trained_between_scales_leaves_them_again(
 def test_scales_are_refused_where_there_can_be_none(
     model: Path, scaled: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--equalize needs a rotation"):
-        make_checkpoint(model, tmp_path / "a", "W4A4", rotate="none", equalize=True)
+    with pytest.raises(ConfigError, match="--equalize all needs a rotation"):
+        make_checkpoint(model, tmp_path / "a", "W4A4", rotate="none", equalize="all")
     adapter = make_adapter(model, tmp_path / "adapter", "rolora")
-    with pytest.raises(ConfigError, match="--equalize: the rotation is that of another artifact"):
-        make_checkpoint(model, tmp_path / "b", "W4A4", adapter=adapter, equalize=True)
+    with pytest.raises(
+        ConfigError, match="--equalize all: the rotation is that of another artifact"
+    ):
+        make_checkpoint(model, tmp_path / "b", "W4A4", adapter=adapter, equalize="all")
     assert (
         "equalized"
         not in read_manifest(
@@ -142,8 +156,8 @@ def test_scales_are_refused_where_there_can_be_none(
     shortcut = replace(settings, method=Method.ROLORA, rotation=scaled)
     with pytest.raises(ConfigError, match="scales differ between the layers"):
         finetune(shortcut, tmp_path / "d")
-    eight = make_checkpoint(model, tmp_path / "e", "W8A8", equalize=True, weights="rtn")
-    with pytest.raises(UnsupportedModelError, match=r"R1 acts at run time.*--no-equalize"):
+    eight = make_checkpoint(model, tmp_path / "e", "W8A8", equalize="all", weights="rtn")
+    with pytest.raises(UnsupportedModelError, match=r"R1 acts at run time.*--equalize inner"):
         export_compressed(eight, tmp_path / "f")
     assert not any((tmp_path / name).exists() for name in "abdf")
 
@@ -158,19 +172,20 @@ def test_scales_make_the_rounding_of_unequal_channels_cheaper(model: Path, tmp_p
     loud.tokenizer.save_pretrained(tmp_path / "loud")
     expected = logits(loud.model)
     errors = {}
-    for equalize in (False, True):
+    for equalize in ("none", "inner", "all"):
         directory = make_checkpoint(
-            tmp_path / "loud", tmp_path / str(equalize), "W4A4", equalize=equalize, weights="rtn"
+            tmp_path / "loud", tmp_path / equalize, "W4A4", equalize=equalize, weights="rtn"
         )
         with Checkpoint(directory) as checkpoint:
             quantized = checkpoint.load_model()
         assert isinstance(quantized.model.layers[0].self_attn.q_proj, QuantizedLinear)
         errors[equalize] = float((logits(quantized) - expected).square().mean())
-    assert errors[True] < 0.8 * errors[False]
+    assert errors["all"] < 0.8 * errors["none"]
+    assert errors["inner"] < 0.9 * errors["none"]
 
 
 def test_the_head_is_rounded_on_the_input_that_it_has(model: Path, tmp_path: Path) -> None:
-    scaled = make_checkpoint(model, tmp_path / "float", "FP32", equalize=True)
+    scaled = make_checkpoint(model, tmp_path / "float", "FP32", equalize="all")
     directory = make_checkpoint(model, tmp_path / "out", "W4A4")
     with Checkpoint(scaled) as floats, Checkpoint(directory) as checkpoint:
         head = checkpoint.names.head

@@ -103,7 +103,7 @@ def test_writing_holds_one_tensor_at_a_time(
         weights="rtn",
         head_bits=bits,
         embedding_bits=bits,
-        equalize=False,
+        equalize="none",
     )
     largest = rows * hidden * bits // 8
     monkeypatch.setattr(deploy.checkpoint_reader, "SLAB", 100_000)

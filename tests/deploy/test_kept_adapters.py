@@ -145,7 +145,7 @@ def test_a_float_base_with_an_adapter_is_the_float_model_with_it(
 
 
 def test_a_float_base_with_channel_scales_takes_adapters_too(kept: Kept, tmp_path: Path) -> None:
-    scaled = make_checkpoint(kept.model, tmp_path / "scaled", "FP32", equalize=True)
+    scaled = make_checkpoint(kept.model, tmp_path / "scaled", "FP32", equalize="all")
     keep(scaled, tmp_path / "onnx", kept.plain)
     found = onnx_logits(tmp_path / "onnx", "plain")
     assert relative_error(found, float_logits(kept.model, kept.plain)) < ROUNDING

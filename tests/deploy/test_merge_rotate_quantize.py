@@ -90,7 +90,7 @@ def test_the_recipe_fills_in_what_was_left_open() -> None:
 
 def test_defaults_follow_the_basis_that_the_model_is_in(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    scaled = make_checkpoint(model, tmp_path / "scaled", "FP32", equalize=True)
+    scaled = make_checkpoint(model, tmp_path / "scaled", "FP32", equalize="all")
     adapter = make_adapter(model, tmp_path / "adapter", "rolora")
 
     def made(name: str, scheme: str, **options: Any) -> tuple[bool, float]:
@@ -99,7 +99,7 @@ def test_defaults_follow_the_basis_that_the_model_is_in(tmp_path: Path) -> None:
         return recipe["static_after_norm"], recipe["aim_share"]
 
     assert made("own", "W4A4") == (False, 0.25)
-    assert made("unscaled", "W4A4", equalize=False) == (True, 0.5)
+    assert made("unscaled", "W4A4", equalize="none") == (True, 0.5)
     assert made("in its basis", "W4A4", adapter=adapter) == (True, 0.5)
     assert made("without R1", "W4A4", rotate="r2,r4") == (False, 0.5)
     assert made("given", "W8A8", stored_rotation=scaled) == (False, 0.25)

@@ -17,6 +17,7 @@ from deploy.encoder_loading import load_classifier, load_encoder
 from deploy.errors import ArtifactError, ConfigError, StageOrderError, UnsupportedModelError
 from deploy.quantize_encoder import quantize_encoder
 from reslora.config import Structure
+from rolora.equalization import Equalized
 from rolora.linear import QuantizedEmbedding, QuantizedLinear
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
@@ -167,7 +168,7 @@ def test_what_only_decoders_have_is_refused_at_once(tmp_path: Path) -> None:
         settings,
         rotation=RotationChoice(frozenset({RotationName.R1})),
         kv_bits=8,
-        equalize=True,
+        equalize=Equalized.ALL,
         budget=Budget.parse("W4.5"),
     )
     with pytest.raises(ConfigError, match=r"5 faults") as raised:

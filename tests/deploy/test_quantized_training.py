@@ -199,10 +199,23 @@ def test_what_cannot_be_inside_a_weight_is_refused(
 def test_a_shortcut_between_rotations_of_their_own_is_refused(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    start = make_checkpoint(model, tmp_path / "start", "W4A4", weights="rtn", equalize=False)
+    start = make_checkpoint(model, tmp_path / "start", "W4A4", weights="rtn", equalize="none")
     shortcut = AdapterConfig(2, 2.0, 0.0, Structure.BLOCK, 1)
     with pytest.raises(ConfigError, match="R2 of its own"):
         finetune(settings_for(model, data, start, adapter=shortcut), tmp_path / "out")
+
+
+def test_a_shortcut_between_scales_of_their_own_is_refused_where_there_are_some(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    shortcut = AdapterConfig(2, 2.0, 0.0, Structure.BLOCK, 1)
+    for equalize, targets in (("inner", "all"), ("all", "q,k,gate")):
+        start = make_checkpoint(model, tmp_path / equalize, "W8A8", equalize=equalize)
+        settings = settings_for(model, data, start, adapter=shortcut, targets=targets)
+        with pytest.raises(ConfigError, match=r"channel scales of its own.*--equalize none"):
+            finetune(settings, tmp_path / "out")
+    settings = settings_for(model, data, tmp_path / "inner", adapter=shortcut, targets="q,k,gate")
+    finetune(settings, tmp_path / "between")
 
 
 def test_a_start_of_another_model_is_refused(data: Path, start: Path, tmp_path: Path) -> None:

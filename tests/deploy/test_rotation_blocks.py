@@ -43,9 +43,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, "gemma2"])
-@pytest.mark.parametrize("equalize", [False, True])
+@pytest.mark.parametrize("equalize", ["none", "inner", "all"])
 def test_a_float_checkpoint_on_blocks_computes_what_the_model_does(
-    model_type: str, equalize: bool, tmp_path: Path
+    model_type: str, equalize: str, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", model_type)
     expected = logits(load_model(model).model)
@@ -55,7 +55,7 @@ def test_a_float_checkpoint_on_blocks_computes_what_the_model_does(
     with Checkpoint(directory) as checkpoint:
         assert checkpoint.r4 is not None
         assert checkpoint.r4.size == 8
-        at_run_time = equalize or model_type.startswith("gemma")
+        at_run_time = equalize == "all" or model_type.startswith("gemma")
         assert (checkpoint.online_r1 is not None) is at_run_time
         found = logits(checkpoint.load_model())
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
@@ -69,7 +69,7 @@ def test_an_export_has_one_product_for_a_rotation(
     if kernel is Kernel.NBITS and scheme == "W4A4":
         pytest.skip("that kernel has inputs of 8 bits")
     directory = make_checkpoint(
-        model, tmp_path / "out", scheme, equalize=True, rotation_block=8, weights="rtn"
+        model, tmp_path / "out", scheme, equalize="all", rotation_block=8, weights="rtn"
     )
     make_export(directory, tmp_path / "onnx", kernel)  # with its parity check
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
@@ -90,7 +90,7 @@ def test_one_table_is_looked_up_through_blocks(model: Path, tmp_path: Path) -> N
 
 def test_an_adapter_can_be_trained_between_blocks(model: Path, tmp_path: Path) -> None:
     directory = make_checkpoint(
-        model, tmp_path / "rotation", "FP32", equalize=True, rotation_block=8
+        model, tmp_path / "rotation", "FP32", equalize="all", rotation_block=8
     )
     data = write_rows(tmp_path / "rows.jsonl")
     settings = replace(finetune_settings(model, data, "rolora"), rotation=directory)
@@ -109,14 +109,14 @@ def test_an_adapter_can_be_trained_between_blocks(model: Path, tmp_path: Path) -
         ({"rotate": "r1,r2"}, "--rotation-block 8: no rotation acts at run time"),
         ({"rotation_block": 7}, "--rotation-block: R4 in blocks: .* divides the .* got 7"),
         (
-            {"rotation_block": 24, "equalize": True},
+            {"rotation_block": 24, "equalize": "all"},
             "--rotation-block: R1 in blocks: .* divides the 32 channels, got 24",
         ),
         (
             {
                 "rotation_block": 16,
                 "rotate": "r1,r2",
-                "equalize": True,
+                "equalize": "all",
                 "model": {"hidden_size": 36},
             },
             "--rotation-block: R1 in blocks: .* divides the 36 channels, got 16",
@@ -125,7 +125,7 @@ def test_an_adapter_can_be_trained_between_blocks(model: Path, tmp_path: Path) -
             {
                 "rotation_block": 6,
                 "rotate": "r1,r2",
-                "equalize": True,
+                "equalize": "all",
                 "model": {"hidden_size": 36},
             },
             "--rotation-block: .*no construction reaches order 6",

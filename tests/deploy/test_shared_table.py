@@ -94,7 +94,7 @@ def test_the_checkpoint_stores_the_table_once(model: Path, shared: Path, tmp_pat
         np.testing.assert_array_equal(opened.integers(head), stored[TABLE])
         reference = opened.load_model()
     np.testing.assert_array_equal(reference.lm_head.weight.numpy(), stored[TABLE])
-    own = make_checkpoint(model, tmp_path / "own", "W8A8", weights="rtn", equalize=True)
+    own = make_checkpoint(model, tmp_path / "own", "W8A8", weights="rtn", equalize="all")
     saved = (own / WEIGHTS_NAME).stat().st_size - (shared / WEIGHTS_NAME).stat().st_size
     assert saved > 0.95 * stored[TABLE].nbytes
 
@@ -107,7 +107,7 @@ def test_a_shared_table_is_as_near_to_the_model_as_two(
     rotate = "r1,r2,r4" if rotate is None else rotate
     model = save_tied(tmp_path / "model", model_type)
     expected = float_logits(model)
-    scaled = None if rotate == "none" else True
+    scaled = None if rotate == "none" else "all"
     two = make_checkpoint(
         model, tmp_path / "two", "W8A8", weights="rtn", rotate=rotate, equalize=scaled
     )
@@ -211,7 +211,7 @@ def test_an_untied_model_is_refused(tmp_path: Path) -> None:
         make_shared(untied, tmp_path / "c")
 
 
-@pytest.mark.parametrize("options", [{"equalize": False}, {"rotate": "r2,r4", "equalize": False}])
+@pytest.mark.parametrize("options", [{"equalize": "none"}, {"rotate": "r2,r4", "equalize": "none"}])
 def test_a_gain_in_the_head_is_refused(
     model: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:

@@ -105,7 +105,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, part: int, error: BaseException) ->
         {"scheme": "FP32", "adapter": "reslora"},
         {"scheme": "FP32", "rotate": "none"},
         {"scheme": "W4A4", "weights": "rtn"},
-        {"scheme": "FP32", "equalize": True, "adapter": "reslora"},
+        {"scheme": "FP32", "equalize": "all", "adapter": "reslora"},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
@@ -193,10 +193,11 @@ def test_a_shared_table_streams_and_outlives_an_interruption(
     assert digest(make_checkpoint(model, tmp_path / "out", **options)) == expected
 
 
+@pytest.mark.parametrize("equalize", ["inner", "all"])
 def test_a_run_goes_on_with_the_channel_scales_of_its_stored_parts(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    equalize: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"scheme": "W4A4", "weights": "rtn", "equalize": True}
+    options = {"scheme": "W4A4", "weights": "rtn", "equalize": equalize}
     expected = digest(make_checkpoint(model, tmp_path / "whole", **options))
     for finished in (2, 5):
         output = tmp_path / f"out-{finished}"
@@ -265,7 +266,7 @@ def test_static_scales_are_those_of_a_forward_pass_of_the_whole_float_model(
     model: Path, tmp_path: Path
 ) -> None:
     exact = make_checkpoint(model, tmp_path / "float", "FP32")
-    output = make_checkpoint(model, tmp_path / "out", "W8A8", windows=3)
+    output = make_checkpoint(model, tmp_path / "out", "W8A8", windows=3, equalize="none")
     with Checkpoint(exact) as checkpoint:
         names, float_model = checkpoint.names, checkpoint.load_model()
     batches = calibration_batches(load_local_tokenizer(exact), None, windows=3, tokens=64)

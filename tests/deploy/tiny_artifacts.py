@@ -27,6 +27,7 @@ from reslora.merge import MergeMethod
 from reslora.settings import TrainSettings
 from reslora.train_report import TrainReport
 from reslora.training_data import TrainingData
+from rolora.equalization import Equalized
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
 from rolora.rotation import RotationKind
@@ -57,7 +58,7 @@ def make_checkpoint(
     overrides: tuple[Override, ...] = (),
     budget: Budget | None = None,
     kv_bits: int = 16,
-    equalize: bool | None = None,
+    equalize: str | None = None,
     stored_rotation: Path | None = None,
     rotation_block: int | None = None,
     **recipe: Any,
@@ -76,7 +77,7 @@ def make_checkpoint(
         overrides=overrides,
         budget=budget,
         kv_bits=kv_bits,
-        equalize=equalize,
+        equalize=None if equalize is None else Equalized(equalize),
         stored_rotation=stored_rotation,
         rotation_block=rotation_block,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from rolora.equalization import (
     FIELDS,
     Equalization,
+    Equalized,
     Noise,
     equalize_model,
     louder_noise,
@@ -52,18 +53,26 @@ def random_scales(names: Any, seed: int = 3) -> Equalization:
         return torch.randn(shape, generator=generator, dtype=torch.float64).exp()
 
     return Equalization(
-        draw(layers, hidden),
-        draw(layers, names.num_key_value_heads * names.head_dim),
-        draw(layers, hidden),
-        draw(layers, names.intermediate_size),
-        draw(hidden),
+        attention=draw(layers, hidden),
+        value=draw(layers, names.num_key_value_heads * names.head_dim),
+        mlp=draw(layers, hidden),
+        down=draw(layers, names.intermediate_size),
+        head=draw(hidden),
     )
 
 
-def scaled_plan(decoder: Any, rotations: Any = DEFAULT_ROTATIONS, **options: Any) -> RotationPlan:
-    kind = options.get("kind", RotationKind.HADAMARD)
+def scaled_plan(
+    decoder: Any,
+    rotations: Any = DEFAULT_ROTATIONS,
+    *,
+    kind: RotationKind = RotationKind.HADAMARD,
+    inputs: Equalized = Equalized.ALL,
+) -> RotationPlan:
+    scales = random_scales(decoder.names)
+    if inputs is Equalized.INNER:
+        scales = Equalization(scales.value, scales.down)
     plan = RotationPlan.draw(decoder.names, rotations, kind, seed=1)
-    return plan.with_equalization(random_scales(decoder.names))
+    return plan.with_equalization(scales)
 
 
 def rewrite(decoder: Any, plan: RotationPlan) -> None:
@@ -95,6 +104,37 @@ def test_scales_and_rotations_change_nothing(
     for handle in handles:
         handle.remove()
     assert bool(handles) == (decoder.error_to(before) > NOTICED)
+
+
+def test_inner_scales_leave_r1_in_the_stream_and_change_nothing(
+    make_decoder: MakeDecoder, model_type: str
+) -> None:
+    decoder = make_decoder(model_type)
+    before = decoder.logits()
+    unscaled = RotationPlan.draw(decoder.names, DEFAULT_ROTATIONS, RotationKind.HADAMARD, seed=1)
+    plan = scaled_plan(decoder, inputs=Equalized.INNER)
+    assert applications(plan, decoder.names) == applications(unscaled, decoder.names)
+    untie_head(decoder.model, decoder.names)
+    fold_norm_gains(decoder.model, decoder.names)
+    folded = decoder.weights()
+    assert plan.equalization is not None
+    equalize_model(decoder.model, decoder.names, plan.equalization)
+    changed = {
+        key for key, weight in decoder.weights().items() if not torch.equal(weight, folded[key])
+    }
+    block = decoder.names.blocks[0]
+    scaled = (block.value, block.output, block.up, block.down)
+    assert {key for key in changed if key.startswith(f"{block.fqn}.")} >= {
+        f"{fqn}.weight" for fqn in scaled
+    }
+    assert not {key for key in changed if not key.startswith(scaled) and f"{block.fqn}." in key}
+    fuse_rotations(decoder.model, decoder.names, plan)
+    install_online_rotations(decoder.model, plan, decoder.names)
+    assert decoder.error_to(before) < 100 * decoder.rounding
+    weight = decoder.model.get_parameter(f"{block.down}.weight")
+    with torch.no_grad():
+        weight *= 1.5
+    assert decoder.error_to(before) > NOTICED
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -254,6 +294,21 @@ def test_the_walk_measures_what_a_forward_pass_of_the_whole_model_shows(
     )
 
 
+def test_inner_scales_are_measured_as_among_all_of_them(make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder("llama")
+    walk = EqualizationWalk(decoder.model, decoder.names, IDS, inputs=Equalized.INNER)
+    walk.begin(decoder.model.get_parameter(f"{decoder.names.embedding}.weight").split(20))
+    for block in decoder.names.blocks:
+        walk.measure(block)
+    inner, everything = walk.result(), measured(decoder)
+    assert inner.inputs is Equalized.INNER
+    assert everything.inputs is Equalized.ALL
+    assert torch.equal(inner.value, everything.value)
+    assert torch.equal(inner.down, everything.down)
+    with pytest.raises(ValueError, match="expected inputs to measure, got none"):
+        EqualizationWalk(decoder.model, decoder.names, IDS, inputs=Equalized.NONE)
+
+
 def test_dead_channels_get_scales_within_bounds_and_change_nothing(
     make_decoder: MakeDecoder,
 ) -> None:
@@ -349,6 +404,12 @@ def test_a_plan_is_saved_with_its_scales(make_decoder: MakeDecoder) -> None:
     with_r3 = again.with_r3(make_decoder("llama").names)
     assert with_r3.equalization is not None
     assert with_r3.digest != plan.digest
+    inner = scaled_plan(make_decoder("llama"), inputs=Equalized.INNER)
+    assert inner.to_metadata()["equalized"] == "inner"
+    assert metadata["equalized"] == "all"
+    assert RotationPlan.from_saved(inner.to_metadata(), inner.to_tensors()).digest == inner.digest
+    with pytest.raises(ValueError, match="scales behind all norms, or none"):
+        replace(plan.equalization, mlp=None)
     for name in FIELDS:
         key = f"equalization.{name}"
         with pytest.raises(ValueError, match="expected content with the digest"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rolora.decoder import DecoderNames
-from rolora.equalization import Equalization
+from rolora.equalization import FIELDS, Equalization
 from rolora.rotation import (
     DEFAULT_ROTATIONS,
     RotationKind,
@@ -360,7 +360,8 @@ def equalized(plan: RotationPlan, names: DecoderNames) -> RotationPlan:
     widths = (names.hidden_size, values, names.hidden_size, names.intermediate_size)
     scales = [torch.ones(layers, width, dtype=torch.float64) for width in widths]
     head = torch.ones(names.hidden_size, dtype=torch.float64)
-    return plan.with_equalization(Equalization(*scales, head))
+    named = dict(zip(FIELDS, (*scales, head), strict=True))
+    return plan.with_equalization(Equalization(**named))
 
 
 DRAWN = pytest.mark.parametrize("kind", [RotationKind.HADAMARD, RotationKind.ORTHOGONAL])
