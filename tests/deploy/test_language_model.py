@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from deploy.artifact import ArtifactKind, Manifest, new_artifact, write_manifest
+from deploy.checkpoint import Checkpoint
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
-from deploy.language_model import load_tokenizer, open_language_model
+from deploy.kernels import Kernel
+from deploy.language_model import (
+    OnnxLanguageModel,
+    TorchLanguageModel,
+    load_tokenizer,
+    open_language_model,
+)
 from deploy.parity import relative_error
+from deploy.session import OnnxDecoder
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
 IDS = np.arange(40, 72)
@@ -62,3 +70,16 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         open_language_model(str(tmp_path / "absent"))
     with pytest.raises(ArtifactError, match="tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_prompts_of_unequal_length_go_on_together(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    directory = make_checkpoint(model, tmp_path / "checkpoint", "W8A8", weights="rtn")
+    make_export(directory, tmp_path / "onnx", Kernel.AUTO)
+    with Checkpoint(directory) as checkpoint:
+        torch_model = TorchLanguageModel("torch", checkpoint.load_model())
+    onnx_model = OnnxLanguageModel("onnx", OnnxDecoder(tmp_path / "onnx", threads=1))
+    for lengths in ((5, 7), (3, 12, 5, 9)):
+        prompts = [[(7 * at + length) % 250 + 6 for at in range(length)] for length in lengths]
+        expected = torch_model.generate(prompts, 6, frozenset())
+        assert onnx_model.generate(prompts, 6, frozenset()) == expected
