@@ -63,6 +63,43 @@ def test_a_new_process_finds_parts_facts_and_the_newest_states(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_record_names_only_what_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    rename, unlink = Path.rename, Path.unlink
+
+    def record_sync(descriptor: int) -> None:
+        steps.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+
+    def record_rename(path: Path, target: Path) -> Path:
+        steps.append(f"name {target.name}")
+        return rename(path, target)
+
+    def record_unlink(path: Path, missing_ok: bool = False) -> None:
+        steps.append(f"remove {path.name}")
+        unlink(path, missing_ok)
+
+    with open_parts(tmp_path / "out", KEY, resume=True) as store:
+        add(store, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", record_sync)
+            patch.setattr(Path, "rename", record_rename)
+            patch.setattr(Path, "unlink", record_unlink)
+            add(store, 1)
+        store.remove()
+    assert steps == [
+        "sync part-1.new",
+        "name part-1.safetensors",
+        "sync states-0002.new",
+        "name states-0002.safetensors",
+        f"sync {RECORD_NAME}.new",
+        f"name {RECORD_NAME}",
+        "sync out.quantizing",
+        "remove states-0001.safetensors",
+    ]
+
+
 def test_parts_without_states_are_parts_too(tmp_path: Path) -> None:
     with interrupted(tmp_path / "out") as store:
         add(store, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -71,6 +72,23 @@ def test_any_exception_leaves_nothing_not_even_new_parents(
     with pytest.raises(error):
         fail_midway()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_on_the_disk_before_their_name_is_and_that_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, before, after = tmp_path / "out", set[Path](), set[Path]()
+
+    def record(descriptor: int) -> None:
+        seen = after if output.exists() else before
+        seen.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", record)
+    with staged_directory(output) as directory:
+        (directory / "inner").mkdir()
+        (directory / "inner" / "file").write_text("1")
+    assert before == {directory, directory / "inner", directory / "inner" / "file"}
+    assert after == {tmp_path}
 
 
 def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -213,6 +231,15 @@ def test_a_disk_that_fills_up_is_named_and_left_clean(small_disk: Path) -> None:
     ):
         (directory / "file").write_bytes(b"1" * 2**21)
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_quota_that_is_used_up_is_a_full_disk(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match=r"the disk is full: [\d,]+ bytes are free"),
+        staged_directory(tmp_path / "out"),
+    ):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_under_safetensors_is_named_and_left_clean(small_disk: Path) -> None:
