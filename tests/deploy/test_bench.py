@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deploy.artifact import ArtifactKind, Manifest
 from deploy.bench import bench_onnx, measure_prompt, measure_texts, settings_for
 from deploy.bench_report import BenchReport, BenchSettings, fix_threads
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
@@ -38,6 +40,39 @@ def test_a_run_is_one_prompt_and_its_tokens_one_by_one_and_always_the_same() -> 
     for a, b in zip(first.calls, second.calls, strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.max() < 11
+
+
+def test_each_phase_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    class SlowDecoder(FakeDecoder):
+        def append(self, ids: np.ndarray, *, last_only: bool = False) -> None:
+            nonlocal now
+            now += 5.0 if last_only else 2.0
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    run = measure_prompt(SlowDecoder(), BenchSettings(prompt_tokens=7, new_tokens=3))  # type: ignore[arg-type]
+    assert run == {"prefill": 5.0, "decode": 6.0}
+
+
+def test_the_first_run_warms_up_and_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter([9.0, 1.0, 2.0])
+    manifest = Manifest(ArtifactKind.ONNX)
+    monkeypatch.setattr(
+        "deploy.bench.open_export",
+        lambda directory, settings: nullcontext(lambda: {"prefill": next(taken), "decode": 1.0}),
+    )
+    monkeypatch.setattr("deploy.bench.read_export", lambda directory, settings: manifest)
+    report = bench_onnx(tmp_path, BenchSettings(runs=2))
+    assert [run["prefill"] for run in report.runs] == [1.0, 2.0]
+
+
+def test_sizes_are_in_millions_of_bytes() -> None:
+    runs = ({"prefill": 2.0, "decode": 4.0},)
+    rows = dict(BenchReport("m", BenchSettings(8, 4), 0.5, runs, 3_000_000, 20_500_000).rows())
+    assert (rows["peak memory"], rows["files"]) == ("3.0 MB", "20.5 MB")
 
 
 def test_a_batch_goes_on_together_and_counts_all_its_tokens() -> None:

@@ -64,6 +64,7 @@ def test_every_kind_of_task_is_measured_with_adapter_and_reference(base: Path) -
     assert found["results"]["kl_mean"] > 1e-6
     assert found["results"]["n_tokens"] == found["reference_results"]["n_tokens"]
     assert found["results"]["completion_nll"] != found["reference_results"]["completion_nll"]
+    assert steps[-1].endswith("completion 2 of 2")
     settings = EvaluationSettings(
         tasks=(RowTask.EXACT_MATCH,),
         data=str(base / "numbers.jsonl"),

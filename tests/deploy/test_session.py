@@ -63,6 +63,16 @@ def test_what_does_not_fit_is_refused(export: Path) -> None:
             decoder.append(np.stack([IDS[:2], IDS[:2]]))
 
 
+def test_every_token_that_ends_a_text_is_known(export: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(export, tmp_path / "copy")
+    described = json.loads((copy / GENAI_CONFIG_NAME).read_text())
+    for ends in (7, [7], [7, 8, 9]):
+        described["model"]["eos_token_id"] = ends
+        (copy / GENAI_CONFIG_NAME).write_text(json.dumps(described))
+        with OnnxDecoder(copy, threads=1) as decoder:
+            assert decoder.end_ids == frozenset(ends if isinstance(ends, list) else [ends])
+
+
 def test_damaged_files_are_named(export: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(export, tmp_path / "copy")
     (copy / GRAPH_NAME).write_bytes(b"no graph")
