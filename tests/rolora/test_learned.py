@@ -16,6 +16,7 @@ from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.fuse import fuse_rotations
 from rolora.learned import (
+    ActivationLoss,
     LearningReport,
     LearningSettings,
     Objective,
@@ -125,6 +126,38 @@ def test_steps_against_the_descent_do_not_lower_the_loss(
     settings = dataclasses.replace(QUICK, steps=30)
     _, report = learn(decoder, settings, start=start, recipe=PER_TOKEN)
     assert report.held_out_after > 0.95 * report.held_out_before
+
+
+def test_the_rate_falls_linearly_to_nothing(
+    make_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    def record(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
+        rates.append(rate)
+        return cayley_step(rotation, gradient, rate)
+
+    monkeypatch.setattr(rolora.learned, "cayley_step", record)
+    learn(prepare(make_decoder), dataclasses.replace(QUICK, steps=4, learning_rate=0.8))
+    assert rates == pytest.approx([0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2])  # of R1 and R2
+
+
+def test_static_scales_are_observed_anew_as_the_basis_moves(
+    make_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    at: list[int] = []
+    observe = ActivationLoss.observe
+
+    def record(loss: ActivationLoss, batches: Sequence[Any]) -> None:
+        assert batches is HELD_OUT
+        at.append(len(steps))
+        observe(loss, batches)
+
+    monkeypatch.setattr(ActivationLoss, "observe", record)
+    monkeypatch.setattr(rolora.learned, "_OBSERVE_EVERY", 2)
+    learn(prepare(make_decoder), progress=lambda step, _: steps.append(step))
+    assert at == [0, 2, 4, 6]
 
 
 def test_a_learned_rotation_leaves_the_float_model_as_it_was(
