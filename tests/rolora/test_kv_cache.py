@@ -91,9 +91,10 @@ def test_four_bits_of_a_token_by_hand() -> None:
     expected = torch.tensor([9.0, -6.0, 0.0, 1.0, 2.0])
     torch.testing.assert_close(round_tokens(x, 4), expected)
     assert torch.equal(round_tokens(torch.zeros(3, 5), 4), torch.zeros(3, 5))
-    # A token without negative numbers keeps 0 in its range.
-    positive = torch.tensor([15.0, 3.0])
-    torch.testing.assert_close(round_tokens(positive, 4), torch.tensor([15.0, 3.0]))
+    # A token whose numbers have one sign keeps 0 in its range.
+    for sign in (1, -1):
+        alike = sign * torch.tensor([15.0, 3.0])
+        torch.testing.assert_close(round_tokens(alike, 4), alike)
 
 
 @pytest.mark.parametrize("bits", KV_BITS)
@@ -167,6 +168,18 @@ def test_the_gain_lowers_what_rounding_does_to_the_scores() -> None:
     # By the formula: (sum of sigma_q sigma_k)^2 over sum of sigma_q^2 sum of sigma_k^2.
     expected = HEAD_DIM**2 / float(widths.square().sum()) ** 2
     assert error(codec) / error(without) == pytest.approx(expected, rel=0.5)
+
+
+def test_queries_count_for_the_key_head_that_they_read_whatever_the_batch(
+    qkv: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    query, key, value = qkv
+    query = query * torch.logspace(-2, 2, HEADS)[:, None, None]
+    alone, together = CacheRecorder(None), CacheRecorder(None)
+    for row in range(2):
+        alone(query[row : row + 1], key[row : row + 1], value[row : row + 1])
+    together(query, key, value)
+    torch.testing.assert_close(together.codec(4).key_gain, alone.codec(4).key_gain)
 
 
 def codec_of(query: Tensor, key: Tensor, r3: Tensor) -> CacheCodec:

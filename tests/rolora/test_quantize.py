@@ -308,3 +308,7 @@ def test_states_of_another_calibration_are_refused(make_float: MakeDecoder) -> N
     walk = QuantizationWalk(decoder.model, decoder.names, recipe(), BATCHES)
     with pytest.raises(ValueError, match=f"expected those of {len(BATCHES)} calibration batches"):
         walk.restore({"float.0": torch.zeros(1, 2, 3)})
+    walk.quantize_embedding(rows_in_memory(decoder.model, decoder.names.embedding))
+    shorter = {key: state[:, 1:] for key, state in walk.state().items()}
+    with pytest.raises(ValueError, match="hidden states: expected those of"):
+        walk.restore(shorter)
