@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,24 @@ def test_models_are_measured_in_turn_in_processes_of_their_own(export: Path) -> 
     order = [step.rpartition(" ")[2] for step in steps if step.startswith("round")]
     name = f"genai:{export}"
     assert order == ["ours", name, name, "ours", "ours", name]
+
+
+def test_the_first_round_warms_up_and_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counter:
+        load_s, peak_rss_bytes, taken = 1.0, 1, 0.0
+
+        def __init__(self, subject: Subject, *_: object) -> None:
+            self.subject = subject
+
+        def run(self) -> dict[str, float]:
+            self.taken += 1
+            return {"prefill": self.taken, "decode": self.taken}
+
+    monkeypatch.setattr("deploy.bench_against.Worker", lambda *given: nullcontext(Counter(*given)))
+    found = measure_in_turn([Subject("ours", Runtime.ONNX, tmp_path)], QUICK)
+    assert [run["prefill"] for run in found.reports["ours"].runs] == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

@@ -355,6 +355,15 @@ def test_zero_points_are_taken_off_the_product_again(bits: int, bias: bool) -> N
     assert np.abs(other - expected[..., :5]).max() > 1e-3 * np.abs(expected).max()
 
 
+def test_zero_points_are_taken_off_where_the_weights_of_a_row_are_extreme() -> None:
+    spec = ActivationSpec(8, TOKEN, symmetric=False)
+    linear = TinyLinear("w", (5, 1536), WeightSpec(8), spec, bias=False)
+    linear.q[0], linear.q[1] = weight_range(8)
+    x = np.random.default_rng(3).normal(1.5, 1.0, (1, 7, 1536)).astype(np.float32)
+    found, expected = run_linears([linear], x), linear.module(torch.from_numpy(x)).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("group_size", [None, 16, 32])
 def test_a_float_input_is_not_rounded(bits: int, group_size: int | None) -> None:

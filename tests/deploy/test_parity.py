@@ -17,8 +17,8 @@ from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
 from deploy.exact_weights import check_exact_weights
-from deploy.parity import check_parity, relative_error
-from deploy.session import GRAPH_NAME
+from deploy.parity import check_parity, noise_floor, relative_error
+from deploy.session import GRAPH_NAME, OnnxDecoder
 from tests.deploy.tiny_artifacts import (
     make_checkpoint,
     make_export,
@@ -235,6 +235,30 @@ def test_not_a_number_is_out_of_bound(
     with pytest.raises(ParityError, match="nan"):
         make_export(float_checkpoint, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_that_shows_in_the_last_step_alone_is_out_of_bound(
+    float_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = OnnxDecoder.append
+
+    def drift(decoder: OnnxDecoder, ids: np.ndarray, **options: Any) -> np.ndarray:
+        logits = append(decoder, ids, **options)
+        return 1.5 * logits if int(decoder._lengths.max()) == decoder._capacity else logits
+
+    monkeypatch.setattr(OnnxDecoder, "append", drift)
+    with pytest.raises(ParityError, match="departs from the torch reference"):
+        make_export(float_checkpoint, tmp_path / "onnx")
+
+
+def test_the_floor_is_the_worst_of_the_perturbations(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    sizes = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(
+        deploy.parity, "perturbed_logits", lambda *_: expected * np.float32(1 + next(sizes))
+    )
+    floor = noise_floor(None, "embedding", np.arange(5), expected)  # type: ignore[arg-type]
+    assert floor == pytest.approx(3.0, rel=1e-5)
 
 
 def test_the_report_is_in_the_manifest_as_plain_json(exports: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import deploy.finetune
 from deploy.adapter_artifact import open_adapter, open_trained_adapter
@@ -261,6 +262,22 @@ def test_pack_refuses_a_float_adapter_and_another_start(
     make_checkpoint(model, tmp_path / "start", "W4A8")
     with pytest.raises(StageOrderError, match="give with --start the one"):
         pack(PackSettings(str(model), trained, tmp_path / "start"), tmp_path / "out")
+
+
+def test_scales_that_are_not_finite_are_refused(
+    model: Path, start: Path, trained: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(model)
+    with open_start(start, loaded) as checkpoint:
+        config = AdapterConfig(rank=2, alpha=2.0, dropout=0.0)
+        targets = list(checkpoint.names.linears())
+        aware = build_aware_model(loaded, checkpoint, config, targets, seed=0)
+    tensors = load_file(trained / SCALES_FILE)
+    name = f"{targets[0]}.weight_scale"
+    tensors[name][1] = torch.nan
+    save_file(tensors, tmp_path / SCALES_FILE)
+    with pytest.raises(ArtifactError, match=f"{name} is not finite; train with a lower"):
+        restore_scales(aware, tmp_path)
 
 
 def test_damaged_scales_are_refused(model: Path, trained: Path, tmp_path: Path) -> None:

@@ -28,6 +28,23 @@ def checkpoint(directory: Path, step: int, *, complete: bool = True) -> Path:
     return path
 
 
+def test_every_file_is_on_the_disk_before_a_checkpoint_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint(tmp_path, 2, complete=False)
+    (path / "state").write_text("1")
+    synced: list[str] = []
+
+    def record(descriptor: int) -> None:
+        assert not (path / MARKER_FILE).exists()
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    monkeypatch.setattr("os.fsync", record)
+    mark_complete(path, RUN)
+    assert synced == ["state", "weights", f"{MARKER_FILE}.partial"]
+    assert newest_complete(tmp_path, RUN) == path
+
+
 def test_newest_is_by_step_not_by_name(tmp_path: Path) -> None:
     checkpoint(tmp_path, 9)
     newest = checkpoint(tmp_path, 10)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -135,6 +137,19 @@ def test_a_chain_hands_on_the_sum_of_its_window(length: int, reach: int) -> None
             got = link.earlier_sum(position, torch.tensor([10.0**position]).double())
             expected = sum(10.0**k for k in chain.window(position, reach)[1:])
             assert (0.0 if got is None else float(got)) == expected
+
+
+def test_each_thread_has_a_pass_of_its_own() -> None:
+    link = LiveChain(Chain("k", ("l.0", "l.1"), (1, 1)), [Stub()] * 2, -1)
+
+    def run(first: float) -> Tensor | None:
+        link.earlier_sum(0, torch.tensor([first]))
+        barrier.wait(timeout=30)
+        return link.earlier_sum(1, torch.zeros(1))
+
+    barrier = Barrier(2)
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, (1.0, 2.0))) == [torch.tensor([1.0]), torch.tensor([2.0])]
 
 
 @ALL

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import reslora.trainer
 from reslora.adapter import load_adapter
 from reslora.attach import attach_adapters
 from reslora.checkpoints import MARKER_FILE
@@ -205,6 +206,41 @@ def test_other_settings_and_old_checkpoints_are_refused(
     other = TrainSettings(max_steps=3, batch_size=2, max_tokens=48, learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"learning_rate: 0.01 then, 0.001 now"):
         train(build_llama(), chat_tokenizer, targets, tmp_path, other, resume=True)
+
+
+def test_a_run_goes_on_with_as_many_processes_as_it_had(
+    targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    train(build_llama(), chat_tokenizer, targets, tmp_path)
+    path = tmp_path / "checkpoint-3" / MARKER_FILE
+    marker = json.loads(path.read_text())
+    marker["fingerprint"]["processes"] = 2
+    path.write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match="processes: 2 then, 1 now"):
+        train(build_llama(), chat_tokenizer, targets, tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marker = tmp_path / "checkpoint-3" / MARKER_FILE
+    marker.parent.mkdir()
+    marker.write_text("{}")
+    there: list[bool] = []
+    save = reslora.trainer.save_adapter
+
+    def record(*arguments: Any) -> None:
+        there.append(marker.exists())
+        save(*arguments)
+
+    monkeypatch.setattr(reslora.trainer, "save_adapter", record)
+    train(llama, chat_tokenizer, targets, tmp_path, resume=True)
+    assert there == [False]
+    assert marker.exists()
 
 
 def test_interrupt_passes_through_and_leaves_the_model_usable(

@@ -332,6 +332,18 @@ def test_dead_channels_get_scales_within_bounds_and_change_nothing(
     assert decoder.error_to(before) < 1e5 * decoder.rounding < NOTICED
 
 
+def test_what_counts_as_dead_depends_on_the_other_channels(make_decoder: MakeDecoder) -> None:
+    found = []
+    for size in (1.0, 1e-4):
+        decoder = make_decoder("llama")
+        weight = decoder.model.get_parameter(f"{decoder.names.blocks[2].down}.weight")
+        with torch.no_grad():
+            weight[:, 7] = 0.0
+            weight *= size
+        found.append(measured(decoder).down[2])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_values_that_are_not_finite_are_named(make_decoder: MakeDecoder) -> None:
     decoder = make_decoder("llama")
     block = decoder.names.blocks[1]

@@ -330,6 +330,11 @@ def refuse(decoder: Any, plan: RotationPlan, message: str) -> None:
 def test_gains_must_be_folded(make_decoder: MakeDecoder, model_type: str) -> None:
     decoder = make_decoder(model_type)
     refuse(decoder, draw_plan(decoder), "layers.0.input_layernorm: .*fold_norm_gains")
+    fold_norm_gains(decoder.model, decoder.names)
+    norm = decoder.names.blocks[1].mlp_norm
+    with torch.no_grad():
+        decoder.model.get_parameter(f"{norm}.weight")[3] = 2.0
+    refuse(decoder, draw_plan(decoder), f"{norm}: expected a gain of 1, got others")
 
 
 def test_a_tied_head_is_refused(make_decoder: MakeDecoder) -> None:
