@@ -48,6 +48,19 @@ def captured(model: Any, fqns: list[str], ids: Tensor) -> dict[str, tuple[Tensor
     return seen
 
 
+def test_a_change_is_reported_relative_to_the_weight_before(
+    llama: LlamaForCausalLM, targets: list[str], tmp_path: Path
+) -> None:
+    merged = copy.deepcopy(llama)
+    _, adapter = trained(llama, targets, AdapterConfig(rank=3), tmp_path)
+    before = {fqn: merged.get_submodule(fqn).weight.detach().clone() for fqn in targets}
+    for layer in merge_adapter(merged, adapter, MergeMethod.EXACT).layers:
+        weight = before[layer.fqn]
+        change = float((merged.get_submodule(layer.fqn).weight.detach() - weight).norm())
+        assert layer.delta_norm == pytest.approx(change, rel=1e-4)
+        assert layer.relative_change == pytest.approx(change / float(weight.norm()), rel=1e-4)
+
+
 @pytest.mark.parametrize("depth", [-1, 0, 2])
 def test_merged_layers_compute_what_the_adapted_layers_computed(
     llama: LlamaForCausalLM, targets: list[str], tmp_path: Path, depth: int

@@ -208,6 +208,30 @@ def test_other_settings_and_old_checkpoints_are_refused(
         train(build_llama(), chat_tokenizer, targets, tmp_path, other, resume=True)
 
 
+def test_the_last_batch_of_a_pass_need_not_be_full(
+    llama: LlamaForCausalLM,
+    targets: list[str],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    settings = replace(QUICK, max_steps=None, epochs=0.5, gradient_accumulation=1)
+    report = train(llama, chat_tokenizer, targets, tmp_path, settings)
+    assert (report.train_rows, report.steps) == (11, 3)
+
+
+def test_the_seed_decides_the_order_of_the_rows(
+    targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        settings = replace(QUICK, max_steps=1, seed=seed)
+        data = language_data(tiny_examples(12), tiny_examples(1), chat_tokenizer, settings)
+        model = attach_adapters(build_llama(), BLOCK, targets)  # B is 0: the base's own loss
+        directory = tmp_path / str(len(losses))
+        losses.append(train_adapter(model, data, settings, directory, resume=False).loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_a_run_goes_on_with_as_many_processes_as_it_had(
     targets: list[str], chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -167,6 +167,14 @@ def test_correlated_inputs_let_columns_make_up_for_each_other(
     assert errors[0] < 0.5 * errors[1]  # measured on the outputs themselves
 
 
+def test_what_is_worse_than_round_to_nearest_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = random_weight(4, 24, 0), moments(correlated_inputs(24, 1))
+    monkeypatch.setattr(gptq, "_round_columns", lambda wide, *_: torch.zeros_like(wide).char())
+    result = Gptq(hessian).round(weight, WeightSpec(4), clip_search=True)
+    assert torch.equal(result.q, quantize_weight(weight, WeightSpec(4), clip_search=True)[0])
+    assert 0 < result.error == result.rtn_error < 1
+
+
 def test_independent_inputs_give_nothing_to_gain() -> None:
     weight = random_weight(16, 64, 0)
     hessian = torch.diag(torch.rand(64) + 0.5)

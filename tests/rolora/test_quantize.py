@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rolora import rtn
 from rolora.calibration import observe_inputs
+from rolora.equalization import Equalization
 from rolora.fold import fold_norm_gains
 from rolora.fuse import fuse_rotations
 from rolora.layer_plan import plan_layers
@@ -146,6 +147,42 @@ def test_scales_are_those_of_the_observed_inputs(make_float: MakeDecoder) -> Non
             assert scale == torch.tensor(observers[fqns[0]].scale(6))
     assert decoder.model.get_submodule(block.down).input_scale is None
     assert torch.equal(decoder.model.get_submodule(block.value).bias, bias)
+
+
+def test_the_heads_scale_is_that_of_the_input_that_is_rotated_in_front_of_it(
+    make_float: MakeDecoder,
+) -> None:
+    decoder = make_float()
+    names = decoder.names
+    layers, values = len(names.blocks), names.num_key_value_heads * names.head_dim
+    widths = (names.hidden_size, values, names.hidden_size, names.intermediate_size)
+    ones = [torch.ones(layers, width, dtype=torch.float64) for width in widths]
+    scales = Equalization(*ones, torch.ones(names.hidden_size, dtype=torch.float64))
+    plan = RotationPlan.draw(names, [RotationName.R1], RotationKind.ORTHOGONAL, seed=3)
+    plan = plan.with_equalization(scales)  # with which R1 acts at run time
+    fold_norm_gains(decoder.model, names)
+    (plain,) = observe_inputs(decoder.model, [names.head], BATCHES).values()
+    fuse_rotations(decoder.model, names, plan)
+    install_online_rotations(decoder.model, plan, names)
+    (rotated,) = observe_inputs(decoder.model, [names.head], BATCHES).values()
+    quantize_model(decoder.model, names, recipe(), BATCHES)
+    found = decoder.model.get_submodule(names.head).input_scale
+    assert found == torch.tensor(rotated.scale(8))
+    assert found != torch.tensor(plain.scale(8))
+
+
+def test_gptq_starts_from_the_rounded_embedding(make_float: MakeDecoder) -> None:
+    decoder = make_float()
+    names = decoder.names
+    options = recipe("W4A8", weights=WeightMethod.GPTQ)
+    walk = QuantizationWalk(decoder.model, names, options, BATCHES)
+    exact = decoder.model.get_submodule(names.embedding)(BATCHES[0]["input_ids"])
+    walk.quantize_embedding(rows_in_memory(decoder.model, names.embedding))
+    rounded = decoder.model.get_submodule(names.embedding)(BATCHES[0]["input_ids"])
+    state = walk.state()
+    assert torch.equal(state["float.0"], exact)
+    assert torch.equal(state["quantized.0"], rounded)
+    assert not torch.equal(rounded, exact)
 
 
 @pytest.mark.parametrize("group_size", [None, 16])

@@ -54,6 +54,12 @@ def test_layers_differ_in_r2_only(plan: RotationPlan) -> None:
     assert not torch.equal(r2[1], r2[2])
 
 
+def test_all_layers_can_have_the_r2_of_the_first(plan: RotationPlan, names: DecoderNames) -> None:
+    shared = RotationPlan.draw(names, ALL, plan.kind, seed=5, one_r2=True)
+    for layer in (0, 1, 2):
+        assert torch.equal(shared.find(R2, layer).dense(), plan.find(R2, 0).dense())
+
+
 def test_a_seed_names_one_plan(plan: RotationPlan, names: DecoderNames) -> None:
     assert RotationPlan.draw(names, ALL, plan.kind, seed=5).digest == plan.digest
     assert RotationPlan.draw(names, ALL, plan.kind, seed=6).digest != plan.digest
