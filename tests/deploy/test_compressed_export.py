@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,34 @@ def test_a_fault_of_the_export_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_weight_that_the_library_changes_is_refused(
+    made: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = deploy.compressed_export.BaseCompressor.get_value_from_registry
+
+    def changing(name: str) -> SimpleNamespace:
+        def decompress(packed: dict[str, Tensor], scheme: Any) -> dict[str, Tensor]:
+            return {"weight": real(name).decompress(packed, scheme)["weight"] * (1 + 1e-6)}
+
+        return SimpleNamespace(compress=real(name).compress, decompress=decompress)
+
+    library = SimpleNamespace(get_value_from_registry=changing)
+    monkeypatch.setattr(deploy.compressed_export, "BaseCompressor", library)
+    with pytest.raises(ParityError, match="compressed-tensors unpacks another weight"):
+        export_compressed(made("W8A8").checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_at_once(
+    made: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, usage = made("W8A8").checkpoint, shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ArtifactError, match=r"disk is full: .* needed, 100 bytes are"):
+        export_compressed(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_config_says_what_is_quantized_and_how(made: Callable[[str], Exported]) -> None:
     found = made("W8A8").quantization
     assert found["quant_method"] == "compressed-tensors"
@@ -238,14 +267,15 @@ def test_the_config_says_what_is_quantized_and_how(made: Callable[[str], Exporte
         assert group["format"] == "int-quantized"
 
 
+@pytest.mark.parametrize("stored", [{}, {"architectures": None}, {"architectures": []}])
 def test_a_config_without_architectures_gets_one(
-    made: Callable[[str], Exported], tmp_path: Path
+    made: Callable[[str], Exported], tmp_path: Path, stored: dict[str, object]
 ) -> None:
     exported = made("W8A8")
     config = json.loads((exported.checkpoint / "config.json").read_text())
     assert config.pop("architectures", None) in (None, ["LlamaForCausalLM"])
     copy = shutil.copytree(exported.checkpoint, tmp_path / "copy")
-    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json").write_text(json.dumps(config | stored))
     with Checkpoint(copy, verify=False) as checkpoint:
         deploy.compressed_export._name_architecture(checkpoint, copy)
     found = json.loads((copy / "config.json").read_text())

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
@@ -17,8 +18,9 @@ from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
 from deploy.exact_weights import check_exact_weights
-from deploy.parity import check_parity, noise_floor, relative_error
+from deploy.parity import check_parity, float_activations, noise_floor, relative_error
 from deploy.session import GRAPH_NAME, OnnxDecoder
+from rolora.linear import QuantizedLinear
 from tests.deploy.tiny_artifacts import (
     make_checkpoint,
     make_export,
@@ -249,6 +251,19 @@ def test_a_fault_that_shows_in_the_last_step_alone_is_out_of_bound(
     monkeypatch.setattr(OnnxDecoder, "append", drift)
     with pytest.raises(ParityError, match="departs from the torch reference"):
         make_export(float_checkpoint, tmp_path / "onnx")
+
+
+def test_float_activations_keep_what_an_adapter_adds(checkpoints: dict[str, Path]) -> None:
+    with Checkpoint(checkpoints["W8A8"]) as checkpoint:
+        model = checkpoint.load_model()
+        linear = model.get_submodule(checkpoint.names.blocks[0].output)
+    assert isinstance(linear, QuantizedLinear)
+    linear.register_forward_hook(lambda _module, _inputs, output: output + 1.0)
+    x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+    with float_activations(model):
+        found = linear(x)
+    product = torch.nn.functional.linear(x, linear.dequantized_weight(), linear.bias)
+    torch.testing.assert_close(found, product + 1.0)
 
 
 def test_the_floor_is_the_worst_of_the_perturbations(monkeypatch: pytest.MonkeyPatch) -> None:

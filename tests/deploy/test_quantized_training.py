@@ -24,8 +24,10 @@ from deploy.quantized_training import (
     build_aware_model,
     open_start,
     restore_scales,
+    training_extension,
 )
 from reslora.adapter import restore_adapter
+from reslora.batches import IGNORED
 from reslora.config import AdapterConfig, Structure
 from rolora.linear import QuantizedLinear
 from tests.deploy.tiny_artifacts import (
@@ -92,6 +94,21 @@ def test_before_training_the_model_rounds_as_its_start(model: Path, start: Path)
             torch.testing.assert_close(attached(x), quantized(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_counts_by_its_share_of_the_tokens_of_its_step(model: Path, start: Path) -> None:
+    loaded = load_model(model)
+    with open_start(start, loaded) as checkpoint:
+        config = AdapterConfig(rank=2, alpha=2.0, dropout=0.0)
+        targets = list(checkpoint.names.linears())
+        aware = build_aware_model(loaded, checkpoint, config, targets, seed=0)
+        loss = training_extension(aware, None, torch.float32).loss
+    labels = tokens()
+    labels[:, :9] = IGNORED
+    inputs = {"input_ids": tokens(), "labels": labels}
+    with torch.no_grad():
+        alone, part = (loss(aware.peft_model, inputs, items) for items in (None, 2 * 15 * 4))
+    torch.testing.assert_close(4 * part, alone)
+
+
 def test_what_is_packed_is_what_the_last_forward_pass_rounded_to(
     model: Path, start: Path, trained: Path, packed: Path
 ) -> None:
@@ -102,7 +119,7 @@ def test_what_is_packed_is_what_the_last_forward_pass_rounded_to(
         aware = build_aware_model(loaded, checkpoint, config, targets, seed=9)
         restore_adapter(aware.peft_model, trained)
         restore_scales(aware, trained)
-        changed = 0
+        changed = total = 0
         for fqn, layer in aware.layers.items():
             linear = result.linear(fqn)
             assert (result.integers(linear) == layer.integers().numpy()).all()
@@ -110,6 +127,8 @@ def test_what_is_packed_is_what_the_last_forward_pass_rounded_to(
             changed += int(
                 (result.integers(linear) != checkpoint.integers(checkpoint.linear(fqn))).sum()
             )
+            total += linear.in_features * linear.out_features
+        assert result.manifest.details["trained"] == {"integers_changed": changed / total}
         assert changed > 0, "training moved no integer: the comparison shows nothing"
         ids = tokens()
         hidden = aware.peft_model(input_ids=ids).logits

@@ -78,6 +78,8 @@ def test_the_graph_computes_what_the_checkpoint_does(
         ("W8A8", ["head=A16"], {}, {GRAPH_NAME, HEAD_NAME}),
         ("W4A8", ["down=W8", "v=W8"], {}, {TOKEN_NAME, PROMPT_NAME, HEAD_NAME}),
         ("W8A8", [], {"asymmetric": True, "static": False}, {GRAPH_NAME, HEAD_NAME}),
+        ("W8A8", [], {"head_bits": 4}, {GRAPH_NAME, HEAD_NAME}),
+        ("W4A8", [], {"activation_group_size": 32}, {GRAPH_NAME, HEAD_NAME}),
     ],
 )
 def test_exceptions_leave_the_choice_of_graphs_alone(

@@ -46,6 +46,19 @@ def test_a_restart_forgets_what_was_in_the_cache(export: Path) -> None:
         np.testing.assert_array_equal(decoder.append(IDS[None]), first)
 
 
+def test_a_padded_prompt_ends_with_its_last_real_token(export: Path) -> None:
+    ids, lengths = np.stack([IDS[:8], np.append(IDS[:5], IDS[20:23])]), np.array([8, 5])
+    with OnnxDecoder(export, threads=1) as decoder:
+        expected = [decoder.logits(IDS[:length])[-1] for length in lengths]
+        decoder.start(capacity=8, batch=2)
+        found = decoder.append(ids, lengths, last_only=True)
+        np.testing.assert_allclose(found[:, 0], expected, rtol=0, atol=1e-4)
+        decoder._chunk = 4  # chunks are of real tokens alone
+        decoder.start(capacity=8)
+        found = decoder.append(ids[1:], lengths[1:], last_only=True)
+        np.testing.assert_allclose(found[:, 0], expected[1:], rtol=0, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused(export: Path) -> None:
     with OnnxDecoder(export, threads=1) as decoder:
         with pytest.raises(ConfigError, match="129 tokens do not fit the context length of 128"):
