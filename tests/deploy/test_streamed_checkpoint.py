@@ -432,3 +432,21 @@ def test_files_with_other_names_are_left_to_transformers(tmp_path: Path) -> None
     edit(model, lambda t: {key.removeprefix("model."): value for key, value in t.items()})
     after = make_checkpoint(model, tmp_path / "b", "FP32")
     assert (after / WEIGHTS_NAME).read_bytes() == (before / WEIGHTS_NAME).read_bytes()
+
+
+def test_another_text_in_the_same_calibration_file_is_another_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five. " * 40, encoding="utf-8")
+    options: dict[str, Any] = {"scheme": "W8A8", "weights": "rtn", "calibration": str(text)}
+    make_checkpoint(model, tmp_path / "out", **options)
+    make_checkpoint(model, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_checkpoint(model, tmp_path / "killed", **options)
+    text.write_text("other words entirely, and more of them. " * 40, encoding="utf-8")
+    for name in ("out", "killed"):
+        with pytest.raises(ConfigError):
+            make_checkpoint(model, tmp_path / name, **options)

@@ -61,6 +61,7 @@ def make_checkpoint(
     equalize: str | None = None,
     stored_rotation: Path | None = None,
     rotation_block: int | None = None,
+    calibration: str | None = None,
     **recipe: Any,
 ) -> Path:
     """Run merge-rotate-quantize with little calibration."""
@@ -71,7 +72,7 @@ def make_checkpoint(
         merge=merge,
         rotation=rotation,
         recipe=choose_recipe(scheme, **recipe),
-        calibration=None,
+        calibration=calibration,
         calibration_windows=windows,
         calibration_tokens=64,
         overrides=overrides,
