@@ -473,3 +473,15 @@ def test_the_example_measures_the_same_without_this_package(
     windows = cut_windows(opened.tokenizer, text.read_text(encoding="utf-8"), 3, 64)
     expected = evaluate_model(opened.model, None, windows, frozenset({Task.PPL}))["ppl"]
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_r4_is_put_where_it_acts_in_a_plan_with_r3_too(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    checkpoint = make_checkpoint(
+        model, tmp_path / "checkpoint", "W8A8", weights="rtn", rotate="r1,r2,r3,r4"
+    )
+    export_compressed(checkpoint, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    transforms = json.dumps(config["quantization_config"]["transform_config"])
+    assert "down_proj" in transforms
+    assert "q_proj" not in transforms

@@ -232,3 +232,9 @@ def test_training_in_the_rounding_rotates_what_the_head_reads(tmp_path: Path) ->
         head = aware.peft_model.get_base_model().get_submodule(checkpoint.names.head)
         head._forward_pre_hooks.clear()
         assert distance(aware.peft_model(input_ids=IDS).logits @ weight.t(), expected) > 0.1
+
+
+def test_gemma2_without_a_cap_is_converted_too(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "gemma2", attn_logit_softcapping=None)
+    checkpoint = make_checkpoint(model, tmp_path / "checkpoint", "W8A8", weights="rtn")
+    make_export(checkpoint, tmp_path / "onnx")  # with its parity check

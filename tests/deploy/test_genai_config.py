@@ -7,6 +7,8 @@ from transformers import GenerationConfig, LlamaConfig
 
 from deploy.architecture import decoder_names
 from deploy.genai_config import genai_config
+from deploy.kernels import PORTABLE_GRAPH
+from deploy.session import PORTABLE_OPTIONS
 
 
 def config(**options: object) -> LlamaConfig:
@@ -76,3 +78,11 @@ def test_the_generation_config_comes_first(tmp_path: Path) -> None:
     assert (search["temperature"], search["top_k"], search["top_p"]) == (0.6, 20, 0.8)
     assert search["past_present_share_buffer"] is True
     assert search["max_length"] == 99
+
+
+def test_a_portable_graph_is_run_as_it_was_checked(tmp_path: Path) -> None:
+    described = genai_config(config(), decoder_names(config()), tmp_path, (PORTABLE_GRAPH,))
+    options = described["model"]["decoder"]["session_options"]
+    assert options.items() >= PORTABLE_OPTIONS.items()
+    other = genai_config(config(), decoder_names(config()), tmp_path)
+    assert not other["model"]["decoder"]["session_options"].keys() & PORTABLE_OPTIONS.keys()

@@ -156,6 +156,7 @@ def test_damaged_config(saved: Path) -> None:
         ({"r": 0}, "rank must be at least 1"),
         ({"r": 4}, r"expected lora_A \[4, in\] .* got \[3, 40\]"),
         ({"use_dora": True, "bias": "all"}, "use_dora, bias"),
+        ({"alora_invocation_tokens": [9, 10]}, "alora_invocation_tokens"),
     ],
 )
 def test_wrong_config(saved: Path, values: dict[str, Any], message: str) -> None:
