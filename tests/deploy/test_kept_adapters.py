@@ -361,7 +361,13 @@ def test_an_adapter_of_another_rotation_is_refused(kept: Kept, tmp_path: Path) -
 def test_r3_of_a_quantized_cache_changes_no_basis(kept: Kept, tmp_path: Path) -> None:
     rotate = "r1,r2,r3,r4"
     base = make_checkpoint(
-        kept.model, tmp_path / "base", "W8A8", rotate=rotate, kv_bits=8, weights="rtn"
+        kept.model,
+        tmp_path / "base",
+        "W8A8",
+        rotate=rotate,
+        kv_bits=8,
+        weights="rtn",
+        equalize="none",
     )
     with Checkpoint(base) as opened:
         assert opened.rotation is not None
