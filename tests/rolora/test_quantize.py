@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rolora import rtn
 from rolora.calibration import observe_inputs
-from rolora.equalization import Equalization
+from rolora.equalization import FIELDS, Equalization
 from rolora.fold import fold_norm_gains
 from rolora.fuse import fuse_rotations
 from rolora.layer_plan import plan_layers
@@ -157,7 +157,8 @@ def test_the_heads_scale_is_that_of_the_input_that_is_rotated_in_front_of_it(
     layers, values = len(names.blocks), names.num_key_value_heads * names.head_dim
     widths = (names.hidden_size, values, names.hidden_size, names.intermediate_size)
     ones = [torch.ones(layers, width, dtype=torch.float64) for width in widths]
-    scales = Equalization(*ones, torch.ones(names.hidden_size, dtype=torch.float64))
+    ones.append(torch.ones(names.hidden_size, dtype=torch.float64))
+    scales = Equalization(**dict(zip(FIELDS, ones, strict=True)))
     plan = RotationPlan.draw(names, [RotationName.R1], RotationKind.ORTHOGONAL, seed=3)
     plan = plan.with_equalization(scales)  # with which R1 acts at run time
     fold_norm_gains(decoder.model, names)
