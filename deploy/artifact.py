@@ -202,6 +202,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def hash_sources(sources: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the digests of the sources that are files, by role; a hub data set has none."""
+    return {
+        role: hash_file(Path(source))
+        for role, source in sources.items()
+        if source and Path(source).is_file()
+    }
+
+
 def is_artifact(directory: Path) -> bool:
     """Tell whether a directory is one of ours."""
     return (directory / MANIFEST_NAME).is_file()

@@ -68,7 +68,7 @@ def conventions(config: PreTrainedConfig) -> Conventions:
         attention_cap=caps[0],
         logit_cap=caps[1],
         embedding_scale=config.hidden_size**0.5 if family.scales_embedding else None,
-        torch_attention="sdpa" if caps[0] is None and config.model_type != "gemma2" else "eager",
+        torch_attention="eager" if family.eager_only or caps[0] is not None else "sdpa",
     )
 
 

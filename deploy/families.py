@@ -70,6 +70,8 @@ class Family:
     """Field of the config whose inverse square root scales attention scores; None: head size."""
     caps_scores: bool = False
     """Whether a config may cap attention scores and logits by a tanh."""
+    eager_only: bool = False
+    """Whether transformers has no sdpa for it, capped or not."""
     reads_gguf: bool = True
     """Whether transformers reads all of its config out of a GGUF file."""
 
@@ -102,7 +104,7 @@ FAMILIES: Mapping[str, Family] = {
         rotates_part=True,
         reads_gguf=False,
     ),
-    "gemma2": _GEMMA,
+    "gemma2": replace(_GEMMA, eager_only=True),
     "gemma3_text": replace(_GEMMA, has_qk_norms=True, rope_by_layer_type=True),
 }
 """By `model_type` of config.json."""

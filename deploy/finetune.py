@@ -31,7 +31,7 @@ from deploy.artifact import (
     ArtifactKind,
     Manifest,
     finished_artifact,
-    hash_file,
+    hash_sources,
     library_versions,
     new_artifact,
     write_manifest,
@@ -285,13 +285,8 @@ def _claim_checkpoints(directory: Path, basis: Mapping[str, Any], *, resume: boo
 
 
 def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
-    """Return the digests of the data files; a hub data set has none."""
-    sources = {"data": settings.data, "validation": settings.validation}
-    return {
-        role: hash_file(Path(source))
-        for role, source in sources.items()
-        if source and Path(source).is_file()
-    }
+    """Return the digests of the data files."""
+    return hash_sources({"data": settings.data, "validation": settings.validation})
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from deploy.artifact import (
     ArtifactKind,
     Manifest,
     finished_artifact,
-    hash_file,
+    hash_sources,
     library_versions,
     new_artifact,
     write_manifest,
@@ -95,8 +95,7 @@ def merge_rotate_quantize(
     stored = None if settings.stored_rotation is None else open_rotation(settings.stored_rotation)
     if stored is not None:
         parents["rotation"] = stored.digest
-    if settings.calibration is not None and Path(settings.calibration).is_file():
-        parents["calibration"] = hash_file(Path(settings.calibration))
+    parents |= hash_sources({"calibration": settings.calibration})
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     is_fresh = stored is None and (adapter is None or adapter.rotation is None)
     equalized = _equalized(settings, plan, is_fresh)

@@ -80,9 +80,13 @@ CASES = {
         rotation_block=64,
     ),
     "w6a6": Case("W6A6", (Round(120, 3e-4, 32, later=True, seed=1),)),
-    "w8a8": Case("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),)),
+    "w8a8": Case("W8A8", (Round(60, 1e-4, 16, later=True, seed=1),), equalize=Equalized.NONE),
     "w8a8-kv8": Case(
-        "W8A8", (Round(60, 1e-4, 16, later=True, seed=1),), kv_bits=8, rotation_block=64
+        "W8A8",
+        (Round(60, 1e-4, 16, later=True, seed=1),),
+        equalize=Equalized.NONE,
+        kv_bits=8,
+        rotation_block=64,
     ),
 }
 """A step is two packed rows of 512 tokens."""
