@@ -125,6 +125,7 @@ def test_a_place_where_nothing_can_be_made_is_a_config_error(tmp_path: Path) -> 
 
 def test_sigterm_and_sighup_clean_up_and_tell_the_shell(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # not as nohup leaves it
         process = start_writer(tmp_path / "out")
         process.send_signal(number)
         assert finish(process) == 128 + number
