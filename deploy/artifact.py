@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
@@ -301,12 +301,16 @@ def verify_files(directory: Path) -> Manifest:
     return manifest
 
 
-def finished_artifact(output: Path, wanted: Manifest) -> Manifest | None:
+def finished_artifact(
+    output: Path, wanted: Manifest, progress: Callable[[str], None]
+) -> Manifest | None:
     """Return the manifest of an output that this very stage has made already, or None.
 
     Args:
         output: where the stage would write.
-        wanted: kind, parents and resolved configuration of what it would make.
+        wanted: kind, parents and resolved configuration of what it would make, and the versions
+            it would make it with.
+        progress: told that the output is finished, and if so that other versions made it.
 
     Raises:
         ConfigError: `output` exists and is anything else.
@@ -318,11 +322,23 @@ def finished_artifact(output: Path, wanted: Manifest) -> Manifest | None:
         manifest = read_manifest(output)
         expected = (wanted.kind, wanted.parents, json.loads(json.dumps(wanted.config)))
         if (manifest.kind, manifest.parents, manifest.config) == expected:
+            progress(f"{output} is finished already{_other_versions(manifest, wanted)}")
             return verify_files(output)
     raise ConfigError(
         f"output {output}: exists already and was made from other inputs or settings; name another "
         "directory or remove it first"
     )
+
+
+def _other_versions(made: Manifest, wanted: Manifest) -> str:
+    differing = [
+        f"{name} {made.versions.get(name, 'none')} (here {wanted.versions.get(name, 'none')})"
+        for name in sorted(made.versions.keys() | wanted.versions.keys())
+        if made.versions.get(name) != wanted.versions.get(name)
+    ]
+    if not differing:
+        return ""
+    return f", made with {', '.join(differing)}; to make it anew, remove it or name another output"
 
 
 @contextmanager

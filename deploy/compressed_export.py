@@ -112,8 +112,7 @@ def export_compressed(
         config: dict[str, Any] = {"format": str(ExportFormat.COMPRESSED_TENSORS)}
         versions = library_versions() | {_LIBRARY: metadata.version(_LIBRARY)}
         wanted = Manifest(ArtifactKind.COMPRESSED, parents, config, versions)
-        if done := finished_artifact(output, wanted):
-            progress(f"{output} is finished already")
+        if done := finished_artifact(output, wanted, progress):
             return CompressedReport(output, done, peak_memory_bytes())
         scheme = compressed_scheme(checkpoint)
         transform = _transform_config(checkpoint)

@@ -42,6 +42,7 @@ from deploy.model_location import DEMO_ENCODER, DEMO_MODEL, HUB_ID, download_mod
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
+    digest_text_files,
     find_demo_encoder,
     find_weight_files,
     name_some,
@@ -191,7 +192,7 @@ def _with_tokenizer(
             key for key in tokenizer.model_input_names if key != "token_type_ids"
         ]
     digest = digest_files([*weight_files, directory / CONFIG_NAME])
-    return LoadedModel(model.eval(), tokenizer, name, digest)
+    return LoadedModel(model.eval(), tokenizer, name, digest, digest_text_files(directory))
 
 
 def _load_directory(

@@ -143,8 +143,7 @@ def export_onnx(
         parents |= {f"adapter {adapter.name}": adapter.digest for adapter in adapters}
         config = onnx_config(target, kernel)
         wanted = Manifest(ArtifactKind.ONNX, parents, config, library_versions())
-        if done := finished_artifact(output, wanted):
-            progress(f"{output} is finished already")
+        if done := finished_artifact(output, wanted, progress):
             return ExportReport(output, done, peak_memory_bytes())
         needed = (checkpoint_directory / WEIGHTS_NAME).stat().st_size
         with new_artifact(output, needed_bytes=needed) as directory:

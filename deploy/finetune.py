@@ -191,15 +191,14 @@ def finetune(
     progress(f"loading {settings.model}")
     loaded = rows.load(settings.model)
     start = None if settings.start is None else open_start(settings.start, loaded)
-    parents = {"model": loaded.digest} | _data_digests(settings)
+    parents = loaded.parents() | _data_digests(settings)
     if start is not None:
         parents["start"] = start.manifest.digest
     stored = None if settings.rotation is None else open_rotation(settings.rotation)
     if stored is not None:
         parents["rotation"] = stored.digest
     wanted = Manifest(ArtifactKind.ADAPTER, parents, settings.to_config(), library_versions())
-    if done := finished_artifact(output, wanted):
-        progress(f"{output} is finished already")
+    if done := finished_artifact(output, wanted, progress):
         return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
     targets = rows.targets(loaded.model.config, settings.targets)
     checkpoints = output.with_name(f"{output.name}.training")

@@ -21,6 +21,7 @@ from deploy.artifact import (
     ArtifactKind,
     Manifest,
     finished_artifact,
+    hash_sources,
     library_versions,
     new_artifact,
     write_manifest,
@@ -133,10 +134,9 @@ def learn_rotation_artifact(
     """
     progress(f"loading {settings.model}")
     loaded = load_model(settings.model)
-    parents = {"model": loaded.digest}
+    parents = loaded.parents() | hash_sources({"calibration": settings.calibration})
     wanted = Manifest(ArtifactKind.ROTATION, parents, settings.to_config(), library_versions())
-    if done := finished_artifact(output, wanted):
-        progress(f"{output} is finished already")
+    if done := finished_artifact(output, wanted, progress):
         return LearnRotationReport(output, done, peak_memory_bytes())
     names = decoder_names(loaded.model.config)
     if conventions(loaded.model.config).logit_cap is not None:

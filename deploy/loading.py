@@ -44,6 +44,7 @@ from deploy.module_layout import to_our_layout
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
+    digest_text_files,
     find_weight_files,
     name_some,
     read_model_config,
@@ -60,6 +61,14 @@ class LoadedModel:
     """How to call it in a table."""
     digest: str
     """The sha256 over the names and contents of its weight files and config.json."""
+    text_digest: str | None = None
+    """Likewise of tokenizer, chat template and generation config; None of a GGUF file, where the
+    other digest counts them."""
+
+    def parents(self) -> dict[str, str]:
+        """Return the digests for the manifest of what is made from the model."""
+        text = {} if self.text_digest is None else {"tokenizer": self.text_digest}
+        return {"model": self.digest} | text
 
 
 def load_model(reference: str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -134,7 +143,7 @@ def _load_directory(directory: Path, name: str, dtype: torch.dtype) -> LoadedMod
     model = _load_weights(directory, dtype, use_safetensors=True)
     tokenizer = load_local_tokenizer(directory)
     digest = digest_files([*weight_files, directory / CONFIG_NAME])
-    return LoadedModel(model, tokenizer, name, digest)
+    return LoadedModel(model, tokenizer, name, digest, digest_text_files(directory))
 
 
 def _load_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:

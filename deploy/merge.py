@@ -29,6 +29,7 @@ from deploy.artifact import (
     ArtifactKind,
     Manifest,
     finished_artifact,
+    hash_sources,
     library_versions,
     new_artifact,
     write_manifest,
@@ -158,13 +159,12 @@ def merge(
     progress(f"loading {settings.model}")
     stored = None if settings.adapter is None else open_adapter(settings.adapter)
     source = _open_source(settings, stored)
-    parents = {"model": source.loaded.digest}
+    parents = source.loaded.parents() | hash_sources({"calibration": settings.calibration})
     if stored is not None:
         stored.require_base(source.loaded.digest, settings.model)
         parents["adapter"] = stored.manifest_digest
     wanted = Manifest(KINDS[settings.to], parents, settings.to_config(), library_versions())
-    if done := finished_artifact(output, wanted):
-        progress(f"{output} is finished already")
+    if done := finished_artifact(output, wanted, progress):
         return MergeStageReport(output, done)
     with new_artifact(output) as directory:
         details: dict[str, Any] = {"to": str(settings.to), "merge": None}

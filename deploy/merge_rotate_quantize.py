@@ -88,14 +88,13 @@ def merge_rotate_quantize(
     adapter = None if settings.adapter is None else open_adapter(settings.adapter)
     source = open_decoder(settings.model, adapter, settings.merge, _choices(settings))
     loaded, names = source.loaded, source.names
-    parents = {"model": loaded.digest}
+    parents = loaded.parents() | hash_sources({"calibration": settings.calibration})
     if adapter is not None:
         adapter.require_base(loaded.digest, settings.model)
         parents["adapter"] = adapter.manifest_digest
     stored = None if settings.stored_rotation is None else open_rotation(settings.stored_rotation)
     if stored is not None:
         parents["rotation"] = stored.digest
-    parents |= hash_sources({"calibration": settings.calibration})
     plan = choose_rotation(names, settings.rotation, adapter, stored, settings.kv_bits)
     is_fresh = stored is None and (adapter is None or adapter.rotation is None)
     equalized = _equalized(settings, plan, is_fresh)
@@ -110,8 +109,7 @@ def merge_rotate_quantize(
         recipe = settings.recipe.in_basis(rotated=rotated, scaled=scaled)
         settings = replace(settings, recipe=recipe)
     wanted = Manifest(ArtifactKind.CHECKPOINT, parents, settings.to_config(), library_versions())
-    if done := finished_artifact(output, wanted):
-        progress(f"{output} is finished already")
+    if done := finished_artifact(output, wanted, progress):
         discard_parts(output)
         return CheckpointReport(output, done, peak_memory_bytes())
     if settings.recipe is not None:
@@ -313,11 +311,12 @@ def _require_one_table(
         ConfigError: The model is not tied, an adapter changes one of the two, or the gain of the
             final norm would be folded into the head.
     """
-    name, names = source.loaded.name, source.names
-    if not source.loaded.model.config.get_text_config().tie_word_embeddings:
+    name, names, model = source.loaded.name, source.names, source.loaded.model
+    table = model.get_parameter(f"{names.embedding}.weight")
+    if model.get_parameter(f"{names.head}.weight") is not table:
         raise ConfigError(
-            f"--share-table: {name} has a head of its own (tie_word_embeddings is false); leave "
-            f"--share-table out"
+            f"--share-table: {name} has a head of its own (tie_word_embeddings is false, or its "
+            f"files hold a lm_head.weight that differs from the embedding); leave --share-table out"
         )
     if adapter is not None and (
         changed := {names.embedding, names.head} & set(adapter.adapter.shapes())

@@ -76,15 +76,13 @@ def pack(
     adapter.require_base(loaded.digest, settings.model)
     with open_start(directory, loaded) as start:
         _require_start(adapter, start)
-        parents = {
-            "model": loaded.digest,
+        parents = loaded.parents() | {
             "adapter": adapter.manifest_digest,
             "start": start.manifest.digest,
         }
         config = settings.to_config()
         wanted = Manifest(ArtifactKind.CHECKPOINT, parents, config, library_versions())
-        if done := finished_artifact(output, wanted):
-            progress(f"{output} is finished already")
+        if done := finished_artifact(output, wanted, progress):
             return CheckpointReport(output, done, peak_memory_bytes())
         progress(f"packing {settings.adapter} into {directory}")
         stored = adapter.adapter

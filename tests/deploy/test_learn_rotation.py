@@ -93,7 +93,7 @@ def test_the_manifest_tells_how_it_was_learned(model: Path, rotation: Path) -> N
     manifest = verify_files(rotation)
     details: Any = manifest.details
     assert manifest.kind is ArtifactKind.ROTATION
-    assert manifest.parents == {"model": load_model(model).digest}
+    assert manifest.parents == load_model(model).parents()
     assert details["scheme"] == "W4A4"
     learning = details["learning"]
     assert len(learning["losses"]) == learning["steps"] == 3
@@ -104,6 +104,17 @@ def test_the_manifest_tells_how_it_was_learned(model: Path, rotation: Path) -> N
     assert details["rotation"]["kind"] == "learned"
     assert details["rotation"]["seed"] == int(best)
     assert open_rotation(rotation).plan.names == DEFAULT_ROTATIONS
+
+
+def test_another_text_in_the_same_file_is_another_run(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five. " * 40, encoding="utf-8")
+    settings = dataclasses.replace(settings_of(model), calibration=str(text))
+    for _ in range(2):
+        learn_rotation_artifact(settings, tmp_path / "out")
+    text.write_text("other words entirely, and more of them. " * 40, encoding="utf-8")
+    with pytest.raises(ConfigError, match="exists already"):
+        learn_rotation_artifact(settings, tmp_path / "out")
 
 
 def test_equal_runs_are_equal_and_a_finished_one_is_kept(

@@ -99,6 +99,30 @@ def test_digest_is_of_weights_and_config(save_tiny_model: SaveTinyModel) -> None
     assert len({first, second, third}) == 3
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "generation_config.json",
+    ],
+)
+def test_a_change_of_the_files_for_text_is_seen_beside_the_model(
+    name: str, save_tiny_model: SaveTinyModel
+) -> None:
+    directory = save_tiny_model()
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    before = load_model(directory)
+    assert before.parents().keys() == {"model", "tokenizer"}
+    with (directory / name).open("a") as file:
+        file.write("\n")
+    after = load_model(directory)
+    assert after.digest == before.digest
+    assert after.parents()["tokenizer"] != before.parents()["tokenizer"]
+
+
 def test_a_pickle_checkpoint_is_refused_with_the_reason(save_tiny_model: SaveTinyModel) -> None:
     directory = save_tiny_model()
     (directory / "model.safetensors").unlink()

@@ -304,8 +304,7 @@ def test_a_finished_output_is_kept_and_another_is_not_overwritten(
     model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(model, adapters["lora"], "adapter", tmp_path / "out")
-    assert first.manifest.parents == {
-        "model": load_model(str(model)).digest,
+    assert first.manifest.parents == load_model(str(model)).parents() | {
         "adapter": read_manifest(adapters["lora"]).digest,
     }
     monkeypatch.setattr(deploy.merge, "_merge", None)  # must not be called
@@ -313,6 +312,18 @@ def test_a_finished_output_is_kept_and_another_is_not_overwritten(
     assert again.manifest.digest == first.manifest.digest
     with pytest.raises(ConfigError, match="exists already"):
         run(model, adapters["lora"], "adapter", tmp_path / "out", rank=1)
+
+
+def test_another_text_in_the_same_calibration_file_is_another_run(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five. " * 40, encoding="utf-8")
+    for _ in range(2):
+        run(model, adapters["lora"], "adapter", tmp_path / "out", calibration=str(text))
+    text.write_text("other words entirely, and more of them. " * 40, encoding="utf-8")
+    with pytest.raises(ConfigError, match="exists already"):
+        run(model, adapters["lora"], "adapter", tmp_path / "out", calibration=str(text))
 
 
 def test_without_an_adapter_the_model_itself_is_written(model: Path, tmp_path: Path) -> None:

@@ -46,6 +46,17 @@ def outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return found.last_hidden_state[batch["attention_mask"].bool()]
 
 
+def test_another_text_in_the_same_calibration_file_is_another_run(tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "model", "bert")
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five. " * 40, encoding="utf-8")
+    for _ in range(2):
+        make_encoder_checkpoint(model, tmp_path / "out", "W8A8", calibration=str(text))
+    text.write_text("other words entirely, and more of them. " * 40, encoding="utf-8")
+    with pytest.raises(ConfigError, match="exists already"):
+        make_encoder_checkpoint(model, tmp_path / "out", "W8A8", calibration=str(text))
+
+
 @pytest.mark.parametrize(("scheme", "bound"), [("W8A8", 0.1), ("W4A8", 0.5)])
 def test_a_checkpoint_is_near_its_model_and_quantizes_what_it_says(
     model: Path, scheme: str, bound: float, tmp_path: Path
@@ -107,7 +118,7 @@ def test_an_adapter_is_merged_with_its_head_and_labels(tmp_path: Path) -> None:
     )
     manifest = verify_files(checkpoint)
     assert manifest.kind is ArtifactKind.CHECKPOINT
-    assert manifest.parents.keys() == {"model", "adapter"}
+    assert manifest.parents.keys() == {"model", "tokenizer", "adapter"}
     assert manifest.details["labels"] == ["0", "1"]
     merge: Any = manifest.details["merge"]
     assert merge["kl_mean"] >= 0.0

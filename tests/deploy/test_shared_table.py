@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deploy.artifact import read_manifest
@@ -209,6 +210,16 @@ def test_an_untied_model_is_refused(tmp_path: Path) -> None:
     untied = save_model(tmp_path / "untied")
     with pytest.raises(ConfigError, match=r"--share-table: .* has a head of its own"):
         make_shared(untied, tmp_path / "c")
+
+
+def test_a_head_that_the_files_hold_though_the_config_says_tied_is_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(model, tmp_path / "own")
+    tensors = load_file(own / "model.safetensors")
+    save_file(tensors | {HEAD: -tensors[TABLE]}, own / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"--share-table: .* a lm_head\.weight that differs"):
+        make_shared(own, tmp_path / "c")
 
 
 @pytest.mark.parametrize("options", [{"equalize": "none"}, {"rotate": "r2,r4", "equalize": "none"}])
