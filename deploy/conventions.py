@@ -49,10 +49,7 @@ def conventions(config: PreTrainedConfig) -> Conventions:
     """
     family = family_of(config.model_type)
     scale_field = family.attention_scale_field
-    caps = [
-        getattr(config, field) if family.caps_scores else None
-        for field in ("attn_logit_softcapping", "final_logit_softcapping")
-    ]
+    score_cap = config.attn_logit_softcapping if family.caps_scores else None
     return Conventions(
         activation=family.activation,
         layers=tuple(
@@ -65,10 +62,10 @@ def conventions(config: PreTrainedConfig) -> Conventions:
         ),
         attention_scale=float(getattr(config, scale_field) if scale_field else head_dim(config))
         ** -0.5,
-        attention_cap=caps[0],
-        logit_cap=caps[1],
+        attention_cap=score_cap,
+        logit_cap=config.final_logit_softcapping if family.caps_logits else None,
         embedding_scale=config.hidden_size**0.5 if family.scales_embedding else None,
-        torch_attention="eager" if family.eager_only or caps[0] is not None else "sdpa",
+        torch_attention="eager" if family.eager_only or score_cap is not None else "sdpa",
     )
 
 

@@ -364,9 +364,11 @@ def save_graph(model: ir.Model, path: Path, *, with_data: bool = True) -> None:
 
 def copy_companions(checkpoint_directory: Path, directory: Path) -> None:
     """Copy what an export takes over from its checkpoint: the tokenizer's files and configs."""
-    for path in sorted(checkpoint_directory.iterdir()):
+    for path in sorted(checkpoint_directory.rglob("*")):
         if path.is_file() and path.name not in _NOT_COPIED:
-            shutil.copyfile(path, directory / path.name)
+            copy = directory / path.relative_to(checkpoint_directory)
+            copy.parent.mkdir(exist_ok=True)  # additional_chat_templates
+            shutil.copyfile(path, copy)
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:

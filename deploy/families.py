@@ -68,8 +68,10 @@ class Family:
     """Whether the embedding is multiplied by the square root of its width."""
     attention_scale_field: str | None = None
     """Field of the config whose inverse square root scales attention scores; None: head size."""
+    caps_logits: bool = False
+    """Whether a config may cap logits by a tanh."""
     caps_scores: bool = False
-    """Whether a config may cap attention scores and logits by a tanh."""
+    """Whether it may cap attention scores likewise; transformers ignores a cap of others."""
     eager_only: bool = False
     """Whether transformers has no sdpa for it, capped or not."""
     reads_gguf: bool = True
@@ -89,7 +91,7 @@ _GEMMA = Family(
     has_post_norms=True,
     scales_embedding=True,
     attention_scale_field="query_pre_attn_scalar",
-    caps_scores=True,
+    caps_logits=True,
     reads_gguf=False,
 )
 
@@ -104,7 +106,7 @@ FAMILIES: Mapping[str, Family] = {
         rotates_part=True,
         reads_gguf=False,
     ),
-    "gemma2": replace(_GEMMA, eager_only=True),
+    "gemma2": replace(_GEMMA, caps_scores=True, eager_only=True),
     "gemma3_text": replace(_GEMMA, has_qk_norms=True, rope_by_layer_type=True),
 }
 """By `model_type` of config.json."""

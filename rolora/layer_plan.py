@@ -46,11 +46,13 @@ def plan_layers(
 
     Raises:
         ValueError: An override matches nothing or does not go with the recipe's groups, linears
-            that share an input would quantize it differently, or groups do not divide an input.
+            that share an input would quantize it differently, groups do not divide an input, or a
+            linear of 4-bit weights, of which two make a byte, has an odd number of inputs.
     """
     _require_whole_groups(names, recipe)
     exceptions = overridden(names, overrides)
     plans: list[LayerPlan] = []
+    widths = _input_widths(names)
     for block in names.blocks:
         for position, readers in enumerate(block.shared_inputs()):
             shared = []
@@ -62,12 +64,14 @@ def plan_layers(
                     after_norm=position in (0, 2), bits=scheme.activation_bits
                 )
                 weight = recipe.block_weight(scheme.weight_bits)
+                _require_pairs(fqn, weight, widths[position])
                 shared.append(LayerPlan(fqn, weight, spec, readers[0]))
             _require_one_input(shared)
             plans += shared
     head = names.head
     if head is not None and (recipe.head_bits != FLOAT_BITS or head in exceptions):
         plans.append(_plan_head(head, recipe, exceptions.get(head, ())))
+        _require_pairs(head, plans[-1].weight, names.hidden_size)
         if recipe.shared_table and plans[-1].weight != WeightSpec(8):
             raise ValueError(
                 f"{head}: shares the embedding's table of 8 bits and cannot have other bits; leave "
@@ -107,16 +111,28 @@ def _require_one_input(plans: Sequence[LayerPlan]) -> None:
             )
 
 
+def _input_widths(names: BlockStack) -> tuple[int, ...]:
+    """Return the number of channels of each of a block's shared inputs."""
+    attention = names.num_heads * names.head_dim
+    return names.hidden_size, attention, names.hidden_size, names.intermediate_size
+
+
+def _require_pairs(fqn: str, weight: WeightSpec, columns: int) -> None:
+    """Refuse 4-bit weights, of which two make a byte, in rows of an odd number."""
+    if weight.bits == 4 and columns % 2:
+        raise ValueError(
+            f"{fqn}: has {columns} input columns, and 4-bit weights are for an even number; give "
+            f"it others (--override {fqn}=W8)"
+        )
+
+
 def _require_whole_groups(names: BlockStack, recipe: QuantizationRecipe) -> None:
     """Refuse groups of inputs that do not divide an input."""
-    size, block = recipe.activation_group_size, names.blocks[0]
+    size = recipe.activation_group_size
     if size is None:
         return
-    for fqn, columns in (
-        (block.query, names.hidden_size),
-        (block.output, names.num_heads * names.head_dim),
-        (block.down, names.intermediate_size),
-    ):
+    inputs = names.blocks[0].shared_inputs()
+    for (fqn, *_), columns in zip(inputs, _input_widths(names), strict=True):
         if columns % size:
             raise ValueError(
                 f"{fqn}: activation group size {size} does not divide the {columns} input columns; "

@@ -80,6 +80,7 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
         {
             "sliding_window": 16,
             "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 1.5,  # which transformers ignores
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},

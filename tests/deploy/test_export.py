@@ -53,6 +53,17 @@ def test_weights_lie_beside_the_graph_and_equal_inputs_give_equal_files(
     assert max(len(tensor.raw_data) for tensor in inside) <= 1024
 
 
+def test_named_chat_templates_travel_with_the_tokenizer(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    named = Path("additional_chat_templates") / "tool_use.jinja"
+    (model / named).parent.mkdir()
+    (model / named).write_text("{{ messages }}", encoding="utf-8")
+    checkpoint = make_checkpoint(model, tmp_path / "checkpoint", "W8A8", weights="rtn")
+    make_export(checkpoint, tmp_path / "onnx")
+    assert (tmp_path / "onnx" / named).read_text(encoding="utf-8") == "{{ messages }}"
+    assert named.as_posix() in read_manifest(tmp_path / "onnx").files
+
+
 def test_inputs_and_outputs_have_the_names_that_genai_expects(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,18 @@ def test_of_two_overrides_the_last_one_counts(make_decoder: MakeDecoder) -> None
     assert plan(decoder, recipe(), "down=W8A8", "layers.1.*=A6")[down].activation.bits == 6
     assert plan(decoder, recipe(), "down=W8A8", "layers.1.*=A6")[down].weight.bits == 8
     assert plan(decoder, recipe(), "layers.1.*=A6", "down=W8A8")[down].activation.bits == 8
+
+
+def test_4_bit_weights_need_an_even_number_of_inputs(make_decoder: MakeDecoder) -> None:
+    names = replace(make_decoder("llama").names, intermediate_size=45)
+    down = names.blocks[0].down
+    with pytest.raises(ValueError, match=rf"{down}: has 45 input columns.*--override {down}=W8"):
+        plan_layers(names, recipe("W4A8"))
+    plans = {
+        found.fqn: found
+        for found in plan_layers(names, recipe("W4A8"), [Override.parse("down=W8")])
+    }
+    assert plans[down].weight.bits == 8
 
 
 def test_the_head_and_linears_left_in_float(make_decoder: MakeDecoder) -> None:
