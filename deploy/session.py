@@ -195,7 +195,8 @@ class OnnxDecoder:
                 f"{capacity} tokens do not fit the context length of {self.context_length}; use a "
                 f"shorter text"
             )
-        if (capacity, batch) != (self._capacity, self._batch) or not self._shares_buffer:
+        is_ready = self._cache and (capacity, batch) == (self._capacity, self._batch)
+        if not is_ready or not self._shares_buffer:
             room = capacity if self._shares_buffer else 0
             shape = (batch, self._kv_heads, room, self._head_size)
             device = "cuda" if self._provider == CUDA_PROVIDER else "cpu"

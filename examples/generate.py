@@ -12,7 +12,10 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 directory, question = Path(sys.argv[1]), sys.argv[2]
-config = json.loads((directory / "genai_config.json").read_text())["model"]
+settings = json.loads((directory / "genai_config.json").read_text())
+if not settings["search"]["past_present_share_buffer"]:
+    sys.exit(f"{directory} returns its cache as new arrays (--target qdq); use rolora run")
+config = settings["model"]
 decoder, room = config["decoder"], min(512, config["context_length"])
 tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 # One graph, or one for prompts and one for single tokens; both go on with the same cache.

@@ -61,6 +61,12 @@ def mark_complete(
         file.flush()
         os.fsync(file.fileno())
     partial.replace(checkpoint / MARKER_FILE)
+    for directory in (checkpoint, checkpoint.parent):  # the names too, before older ones may go
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def newest_complete(directory: Path, fingerprint: Mapping[str, Any]) -> Path | None:

@@ -44,6 +44,9 @@ def test_a_restart_forgets_what_was_in_the_cache(export: Path) -> None:
         decoder.append(IDS[None, ::-1])
         decoder.start(capacity=40)
         np.testing.assert_array_equal(decoder.append(IDS[None]), first)
+        decoder.close()
+        decoder.start(capacity=40)
+        np.testing.assert_array_equal(decoder.append(IDS[None]), first)
 
 
 def test_a_padded_prompt_ends_with_its_last_real_token(export: Path) -> None:

@@ -194,6 +194,16 @@ def test_genai_generates_what_a_plain_session_does(
     assert found == expected
 
 
+def test_the_example_says_what_it_cannot_run(export: Callable[[str, Target], Path]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "generate.py"
+    command = [sys.executable, str(script), str(export("W8A8", Target.QDQ)), "hello"]
+    result = subprocess.run(command, capture_output=True, check=False, timeout=120, text=True)
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "returns its cache as new arrays (--target qdq); use rolora run\n"
+    )
+
+
 def test_padding_on_the_left_is_not_seen(export: Callable[[str, Target], Path]) -> None:
     session = ort.InferenceSession(export("W8A8", Target.QDQ) / GRAPH_NAME)
     ids = np.random.default_rng(1).integers(30, 90, (1, 12))

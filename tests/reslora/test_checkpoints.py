@@ -28,7 +28,7 @@ def checkpoint(directory: Path, step: int, *, complete: bool = True) -> Path:
     return path
 
 
-def test_every_file_is_on_the_disk_before_a_checkpoint_is_complete(
+def test_every_file_is_on_the_disk_before_a_checkpoint_is_complete_and_then_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoint(tmp_path, 2, complete=False)
@@ -36,12 +36,13 @@ def test_every_file_is_on_the_disk_before_a_checkpoint_is_complete(
     synced: list[str] = []
 
     def record(descriptor: int) -> None:
-        assert not (path / MARKER_FILE).exists()
-        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        assert target.is_dir() == (path / MARKER_FILE).exists()
+        synced.append(target.name)
 
     monkeypatch.setattr("os.fsync", record)
     mark_complete(path, RUN)
-    assert synced == ["state", "weights", f"{MARKER_FILE}.partial"]
+    assert synced == ["state", "weights", f"{MARKER_FILE}.partial", path.name, tmp_path.name]
     assert newest_complete(tmp_path, RUN) == path
 
 
