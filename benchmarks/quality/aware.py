@@ -84,7 +84,6 @@ CASES = {
     "w8a8-kv8": Case(
         "W8A8",
         (Round(60, 1e-4, 16, later=True, seed=1),),
-        equalize=Equalized.NONE,
         kv_bits=8,
         rotation_block=64,
     ),
