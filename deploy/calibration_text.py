@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deploy.errors import ConfigError
+from deploy.known_tokens import require_known_tokens
 from deploy.loading import LoadedModel
 from deploy.text_data import read_text
 from deploy.text_quality import cut_windows
@@ -55,9 +56,19 @@ def calibration_batches(
 def calibration_for(
     loaded: LoadedModel, source: str | None, *, windows: int, tokens: int
 ) -> list[dict[str, Tensor]]:
-    """Return `calibration_batches` that are no longer than the model reads."""
+    """Return `calibration_batches` that are no longer than the model reads.
+
+    Raises:
+        ConfigError: As those, or the text has a token that the model does not know.
+    """
     limit = loaded.model.config.max_position_embeddings
-    return calibration_batches(loaded.tokenizer, source, windows=windows, tokens=min(tokens, limit))
+    batches = calibration_batches(
+        loaded.tokenizer, source, windows=windows, tokens=min(tokens, limit)
+    )
+    require_known_tokens(
+        (batch["input_ids"].numpy() for batch in batches), loaded.model.config.vocab_size
+    )
+    return batches
 
 
 def disjoint_batches(
@@ -67,6 +78,9 @@ def disjoint_batches(
 
     Returns:
         At most `windows` batches, evenly spaced over the text; none if it is too short for one.
+
+    Raises:
+        ConfigError: The text cannot be read, or has a token that the model does not know.
     """
     tokens = min(tokens, loaded.model.config.max_position_embeddings)
     text = sample_text("calibration.txt") if source is None else read_text(source)
@@ -75,4 +89,5 @@ def disjoint_batches(
     if not fitting:
         return []
     cut = cut_windows(loaded.tokenizer, text, fitting, tokens)
+    require_known_tokens(cut.ids, loaded.model.config.vocab_size)
     return [{"input_ids": torch.from_numpy(window)[None]} for window in cut.ids]

@@ -18,6 +18,7 @@ from deploy.architecture import decoder_names, resolve_targets
 from deploy.encoder_architecture import ENCODER_HEAD, encoder_targets
 from deploy.encoder_loading import load_classifier
 from deploy.errors import ConfigError
+from deploy.known_tokens import require_known_tokens
 from deploy.loading import LoadedModel, load_model
 from reslora.classification import classification_data
 from reslora.labelled_rows import find_labels, read_labelled_rows, require_same_kind
@@ -62,6 +63,7 @@ class TaskRows(Protocol):
         """Return batches for the loaded model.
 
         Raises:
+            ConfigError: A row has a token that the model does not know.
             ValueError: There is nothing to learn.
         """
 
@@ -101,7 +103,12 @@ class _Language:
         return resolve_targets(decoder_names(config), targets)
 
     def data(self, loaded: LoadedModel, settings: TrainSettings) -> TrainingData:
-        return language_data(self._examples, self._validation, loaded.tokenizer, settings)
+        data = language_data(self._examples, self._validation, loaded.tokenizer, settings)
+        require_known_tokens(
+            (part.input_ids for row in (*data.train, *data.validation) for part in row),
+            loaded.model.config.vocab_size,
+        )
+        return data
 
 
 class _Labelled:
@@ -140,9 +147,14 @@ class _Labelled:
                 f"max_tokens is {settings.max_tokens}, but {loaded.name} reads at most "
                 f"{self._limit}; lower --max-tokens"
             )
-        return classification_data(
+        data = classification_data(
             self._examples, self._validation, loaded.tokenizer, settings, self.labels
         )
+        require_known_tokens(
+            (row.input_ids for row in (*data.train, *data.validation)),
+            loaded.model.config.vocab_size,
+        )
+        return data
 
 
 def _usable(read: Callable[[Any], Rows], source: Any) -> Rows:

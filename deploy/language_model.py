@@ -25,6 +25,7 @@ from deploy.artifact import ArtifactKind, is_artifact, read_manifest, verify_fil
 from deploy.checkpoint import Checkpoint
 from deploy.compressed_reader import load_compressed
 from deploy.errors import ArtifactError, StageOrderError
+from deploy.known_tokens import require_known_tokens
 from deploy.live_adapter import attach_to_loaded
 from deploy.loading import load_model
 from deploy.session import OnnxDecoder
@@ -100,6 +101,7 @@ class TorchLanguageModel:
 
     def batch_logits(self, ids: np.ndarray, first: int) -> np.ndarray:
         """Return float32 [B, T - first, vocab_size] for token ids int64 [B, T]."""
+        require_known_tokens(ids, self.model.config.vocab_size)
         with torch.inference_mode():
             output = self.model(
                 input_ids=torch.from_numpy(ids).to(self.model.device),
@@ -113,6 +115,7 @@ class TorchLanguageModel:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: frozenset[int]
     ) -> list[list[int]]:
         """Continue each prompt by its most probable tokens, padded on the left, over a cache."""
+        require_known_tokens(prompts, self.model.config.vocab_size)
         longest = max(map(len, prompts))
         pad = min(end_ids, default=0)
         ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)

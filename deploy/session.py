@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 from deploy.adapter_files import find_adapter, read_adapter_file
 from deploy.errors import ArtifactError, ConfigError
+from deploy.known_tokens import require_known_tokens
 from deploy.memory import release_free_memory
 
 GRAPH_NAME = "model.onnx"
@@ -228,8 +229,9 @@ class OnnxDecoder:
             Logits, float32 [B, T, vocab_size], or [B, 1, vocab_size] with `last_only`.
 
         Raises:
-            ConfigError: The cache has no room for them, or several sequences would go on by more
-                than a token each, which ONNX Runtime cannot do.
+            ConfigError: The cache has no room for them, the model does not know one of them, or
+                several sequences would go on by more than a token each, which ONNX Runtime cannot
+                do.
         """
         batch, count = ids.shape
         held = int(self._lengths.max(initial=0)) if self._shares_buffer else self._mask.shape[1]
@@ -238,6 +240,7 @@ class OnnxDecoder:
                 f"cache: room for {self._batch} sequences of {self._capacity} tokens, "
                 f"asked for {batch} of {held + count}"
             )
+        require_known_tokens(ids, self.vocab_size)
         if held and lengths is not None:
             raise ConfigError("only prompts, the first tokens after a start, can be padded")
         if held and batch > 1 and count > 1:

@@ -71,10 +71,9 @@ def language_data(
     if validation:
         held_out = _rows(encode_examples(validation, tokenizer, settings.max_tokens), settings)
         held_out.sort(key=_row_length)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TrainingData(
-        train, [_row_length(row) for row in train], held_out, partial(collate_rows, pad_id=pad_id)
-    )
+    # Padding is masked, so any id does; the tokenizer's own may be one the model does not know.
+    collate = partial(collate_rows, pad_id=0)
+    return TrainingData(train, [_row_length(row) for row in train], held_out, collate)
 
 
 def _digest(rows: Sequence[Any]) -> str:
