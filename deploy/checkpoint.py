@@ -127,18 +127,23 @@ class Checkpoint(CheckpointReader[DecoderNames]):
                 f"checkpoint again"
             ) from error
 
-    def load_model(self) -> PreTrainedModel:
-        """Rebuild the torch model: integer modules, online rotations, quantized KV cache."""
+    def load_model(self, *, on_call: bool = False) -> PreTrainedModel:
+        """Rebuild the torch model: integer modules, online rotations, quantized KV cache.
+
+        Args:
+            on_call: Quantized linears have their weights in memory only while they are called; the
+                checkpoint must stay open.
+        """
         model = empty_decoder(self.config)
         to_our_layout(model)
-        self.put_integers(model, (*self.names.linears(), self.names.head))
+        restore_buffers(model, self.config)
+        self.put_integers(model, (*self.names.linears(), self.names.head), on_call=on_call)
         remaining = {
             name: self._tensor(name)
             for name, parameter in model.named_parameters()
             if parameter.device.type == "meta"
         }
         model.load_state_dict(remaining, strict=False, assign=True)
-        restore_buffers(model, self.config)
         if self.rotation is not None:
             install_online_rotations(model, self.rotation, self.names)
         if self.kv_bits != FLOAT_KV_BITS or self.r3 is not None:

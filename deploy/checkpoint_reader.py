@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Self, TypeAlias, TypeVar
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
 from deploy.errors import ArtifactError
+from deploy.weights_on_call import read_on_call
 from rolora.blocks import BlockStack
 from rolora.kronecker import Rotation
 from rolora.layer_plan import LayerPlan
@@ -208,22 +210,32 @@ class CheckpointReader(Generic[Names]):
             return stored
         return unpack_int4(torch.from_numpy(stored)).numpy()
 
-    def put_integers(self, model: nn.Module, fqns: Iterable[str]) -> None:
+    def put_integers(self, model: nn.Module, fqns: Iterable[str], *, on_call: bool = False) -> None:
         """Put integer modules in the place of the embedding and of linears that are quantized.
 
         Args:
             model: Of the checkpoint's config.
             fqns: Linears, quantized or not.
+            on_call: Quantized linears read their weights whenever they are called, while the
+                checkpoint is open, and hold none in between.
         """
         for fqn in fqns:
             linear = self.linear(fqn)
             if linear.activation is not None:
-                model.set_submodule(fqn, self._quantized_linear(linear))
+                module = self._quantized_linear(linear)
+                if on_call:
+                    read_on_call(module, partial(self._weight, linear))
+                model.set_submodule(fqn, module)
         if self.embedding_spec is not None:
             model.set_submodule(self.names.embedding, self.quantized_embedding(self.embedding_spec))
 
     def _tensor(self, key: str) -> Tensor:
         return torch.from_numpy(self.array(key))
+
+    def _weight(self, linear: StoredLinear) -> Tensor:
+        if linear.weight.bits == UNQUANTIZED_BITS:
+            return self._tensor(f"{linear.fqn}.weight")
+        return torch.from_numpy(self.integers(linear))
 
     def _quantized_linear(self, linear: StoredLinear) -> QuantizedLinear | InputQuantizedLinear:
         assert linear.activation is not None
@@ -231,11 +243,11 @@ class CheckpointReader(Generic[Names]):
         static = linear.activation.granularity is Granularity.TENSOR
         input_scale = self._tensor(f"{fqn}.input_scale") if static else None
         bias = self._tensor(f"{fqn}.bias") if linear.has_bias else None
+        weight = self._weight(linear)
         if linear.weight.bits == UNQUANTIZED_BITS:
-            weight = self._tensor(f"{fqn}.weight")
             return InputQuantizedLinear(weight, bias, linear.activation, input_scale)
         return QuantizedLinear(
-            torch.from_numpy(self.integers(linear)),
+            weight,
             self._tensor(f"{fqn}.weight_scale"),
             bias,
             linear.weight,

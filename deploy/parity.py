@@ -125,7 +125,7 @@ def check_parity(
     """
     exact = check_exact_weights(checkpoint, directory, forms)
     prompt = max(1, len(ids) - DECODE_STEPS)
-    model = checkpoint.load_model()
+    model = checkpoint.load_model(on_call=True)
     by_nbits = [form.kernel is Kernel.NBITS for form in forms if not form.head_only]
     without = None if adapter is None else torch_logits(model, ids)
     with nullcontext() if adapter is None else active_adapter(model, adapter):

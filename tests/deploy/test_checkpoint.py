@@ -24,8 +24,10 @@ from deploy.checkpoint_reader import WEIGHTS_NAME, formats_to_details, slabs
 from deploy.checkpoint_settings import choose_recipe
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.loading import load_model
+from deploy.parity import float_activation_logits, torch_logits
 from rolora.layer_plan import plan_layers
-from rolora.linear import QuantizedEmbedding, QuantizedLinear
+from rolora.linear import InputQuantizedLinear, QuantizedEmbedding, QuantizedLinear
+from rolora.overrides import Override
 from rolora.scheme import Granularity
 from tests.deploy.tiny_artifacts import make_checkpoint, save_model
 
@@ -98,6 +100,47 @@ def test_the_rebuilt_model_has_the_modules_of_the_manifest(four_bits: Path, grou
     gate = model.get_submodule("model.layers.0.mlp.gate_proj")
     assert isinstance(gate, QuantizedLinear)
     assert gate.activation.group_size == gate.weight_spec.group_size == 16
+
+
+@pytest.mark.parametrize("overrides", [(), ("layers.0.*=W16A8", "o=W16A8")])
+def test_weights_read_on_call_give_the_same_logits_and_are_forgotten(
+    overrides: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
+    path = make_checkpoint(
+        model,
+        tmp_path / "c",
+        "W4A8",
+        weights="rtn",
+        overrides=tuple(map(Override.parse, overrides)),
+    )
+    ids = np.arange(20, 60)
+
+    def held(module: torch.nn.Module) -> set[str]:
+        return {
+            name
+            for name, part in module.named_modules()
+            if isinstance(part, QuantizedLinear | InputQuantizedLinear)
+            and part.weight.device.type != "meta"
+        }
+
+    with Checkpoint(path) as checkpoint:
+        whole, lean = checkpoint.load_model(), checkpoint.load_model(on_call=True)
+        assert len(held(whole)) == 15
+        assert not held(lean)
+        for compute in (torch_logits, float_activation_logits):
+            np.testing.assert_array_equal(compute(lean, ids), compute(whole, ids))
+            assert not held(lean)
+        kinds = {type(lean.get_submodule(fqn)) for fqn in checkpoint.names.linears()}
+        assert (InputQuantizedLinear in kinds) == bool(overrides)
+
+
+def test_a_weight_is_forgotten_when_its_linear_fails(four_bits: Path) -> None:
+    with Checkpoint(four_bits) as checkpoint:
+        linear = checkpoint.load_model(on_call=True).get_submodule("lm_head")
+        assert isinstance(linear, QuantizedLinear)
+        with pytest.raises(RuntimeError):
+            linear(torch.zeros(1, 5))
+        assert linear.weight.device.type == "meta"
 
 
 def test_a_float_checkpoint_computes_what_the_model_does(model: Path, tmp_path: Path) -> None:
