@@ -316,7 +316,7 @@ def _require_one_table(
     if model.get_parameter(f"{names.head}.weight") is not table:
         raise ConfigError(
             f"--share-table: {name} has a head of its own (tie_word_embeddings is false, or its "
-            f"files hold a lm_head.weight that differs from the embedding); leave --share-table out"
+            f"files hold a head that differs from the embedding); leave --share-table out"
         )
     if adapter is not None and (
         changed := {names.embedding, names.head} & set(adapter.adapter.shapes())
