@@ -322,8 +322,9 @@ def finished_artifact(
         manifest = read_manifest(output)
         expected = (wanted.kind, wanted.parents, json.loads(json.dumps(wanted.config)))
         if (manifest.kind, manifest.parents, manifest.config) == expected:
-            progress(f"{output} is finished already{_other_versions(manifest, wanted)}")
-            return verify_files(output)
+            verified = verify_files(output)
+            progress(f"{output} is finished already{_other_versions(verified, wanted)}")
+            return verified
     raise ConfigError(
         f"output {output}: exists already and was made from other inputs or settings; name another "
         "directory or remove it first"

@@ -219,6 +219,7 @@ def test_a_finished_output_is_recognized_only_with_the_same_parents_and_config(
     (output / "weights.bin").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"weights\.bin: expected 256 bytes, found 0"):
         finished_artifact(output, wanted, lines.append)
+    assert len(lines) == 1, "a damaged output is not called finished"
 
 
 def test_an_output_made_with_other_versions_says_so(tmp_path: Path) -> None:
