@@ -41,8 +41,7 @@ from deploy.loading import (
 from deploy.model_location import DEMO_ENCODER, DEMO_MODEL, HUB_ID, download_model
 from deploy.weight_files import (
     CONFIG_NAME,
-    digest_files,
-    digest_text_files,
+    digest_model,
     find_demo_encoder,
     find_weight_files,
     name_some,
@@ -191,8 +190,7 @@ def _with_tokenizer(
         tokenizer.model_input_names = [
             key for key in tokenizer.model_input_names if key != "token_type_ids"
         ]
-    digest = digest_files([*weight_files, directory / CONFIG_NAME])
-    return LoadedModel(model.eval(), tokenizer, name, digest, digest_text_files(directory))
+    return LoadedModel(model.eval(), tokenizer, name, *digest_model(directory, weight_files))
 
 
 def _load_directory(

@@ -191,7 +191,8 @@ def finetune(
     progress(f"loading {settings.model}")
     loaded = rows.load(settings.model)
     start = None if settings.start is None else open_start(settings.start, loaded)
-    parents = loaded.parents() | _data_digests(settings)
+    parents = loaded.parents()
+    parents |= hash_sources({"data": settings.data, "validation": settings.validation})
     if start is not None:
         parents["start"] = start.manifest.digest
     stored = None if settings.rotation is None else open_rotation(settings.rotation)
@@ -281,11 +282,6 @@ def _claim_checkpoints(directory: Path, basis: Mapping[str, Any], *, resume: boo
     elif _process_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps(dict(basis), indent=2) + "\n", encoding="utf-8")
-
-
-def _data_digests(settings: FinetuneSettings) -> dict[str, str]:
-    """Return the digests of the data files."""
-    return hash_sources({"data": settings.data, "validation": settings.validation})
 
 
 @dataclass(frozen=True)

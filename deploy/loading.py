@@ -44,7 +44,7 @@ from deploy.module_layout import to_our_layout
 from deploy.weight_files import (
     CONFIG_NAME,
     digest_files,
-    digest_text_files,
+    digest_model,
     find_weight_files,
     name_some,
     read_model_config,
@@ -142,8 +142,7 @@ def _load_directory(directory: Path, name: str, dtype: torch.dtype) -> LoadedMod
     weight_files = check_model_directory(directory)
     model = _load_weights(directory, dtype, use_safetensors=True)
     tokenizer = load_local_tokenizer(directory)
-    digest = digest_files([*weight_files, directory / CONFIG_NAME])
-    return LoadedModel(model, tokenizer, name, digest, digest_text_files(directory))
+    return LoadedModel(model, tokenizer, name, *digest_model(directory, weight_files))
 
 
 def _load_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:

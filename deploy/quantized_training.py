@@ -335,16 +335,14 @@ def _require_one_basis(
     plan = start.rotation
     if config.reach == 0 or plan is None:
         return
-    scales = Equalized.NONE if plan.equalization is None else plan.equalization.inputs
-    inner = {fqn for block in names.blocks for fqn in (block.value, block.output)}
-    if scales is not Equalized.NONE:
-        mixed = set(names.linears())
-        if scales is Equalized.INNER:
-            mixed = inner | {fqn for block in names.blocks for fqn in (block.up, block.down)}
+    around_values = {fqn for block in names.blocks for fqn in (block.value, block.output)}
+    if plan.equalization is not None:
+        mixed, left_out = set(names.linears()), ""
+        if plan.equalization.inputs is Equalized.INNER:
+            mixed = {fqn for block in names.blocks for fqn in (block.up, block.down)}
+            mixed |= around_values
+            left_out = "leave v, o, up and down out of --targets, "
         if clash := sorted(mixed & set(targets)):
-            left_out = (
-                "" if scales is Equalized.ALL else "leave v, o, up and down out of --targets, "
-            )
             raise ConfigError(
                 f"{start.directory}: every layer has channel scales of its own, and a shortcut at "
                 f"{clash[0]} would mix their bases; quantize the start with --equalize none, "
@@ -352,7 +350,7 @@ def _require_one_basis(
             )
     if plan.r2 is None or all(torch.equal(plan.r2[0].dense(), each.dense()) for each in plan.r2):
         return
-    if clash := sorted(inner & set(targets)):
+    if clash := sorted(around_values & set(targets)):
         raise ConfigError(
             f"{start.directory}: every layer has an R2 of its own, and a shortcut at {clash[0]} "
             "would mix their bases; quantize the start with --rotate r1,r4, or leave v and o out "

@@ -113,13 +113,14 @@ def digest_files(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def digest_text_files(directory: Path) -> str:
-    """Return the sha256 over what a model directory holds for its text.
+def digest_model(directory: Path, weight_files: Iterable[Path]) -> tuple[str, str]:
+    """Return the sha256 of a model, and of what its directory holds for its text.
 
     That is tokenizer, chat templates and generation config, under all the names they have.
     """
     found = {path for pattern in TEXT_PATTERNS for path in directory.glob(pattern)}
-    return digest_files(path for path in found if path.is_file())
+    text = digest_files(path for path in found if path.is_file())
+    return digest_files([*weight_files, directory / CONFIG_NAME]), text
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:

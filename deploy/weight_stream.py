@@ -31,7 +31,7 @@ from deploy.loading import (
 )
 from deploy.model_location import LocatedModel
 from deploy.module_layout import empty_decoder, own_places, to_our_layout
-from deploy.weight_files import CONFIG_NAME, digest_files, digest_text_files
+from deploy.weight_files import digest_model
 from rolora.fold import chunk_rows
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq")
@@ -153,9 +153,8 @@ def open_weight_stream(located: LocatedModel) -> tuple[LoadedModel, WeightReader
     reader.refuse_non_finite(where)
     restore_buffers(model, config)
     tokenizer = load_local_tokenizer(directory)
-    digest = digest_files([*files, directory / CONFIG_NAME])
-    text_digest = digest_text_files(directory)
-    return LoadedModel(model.eval(), tokenizer, located.name, digest, text_digest), reader
+    digests = digest_model(directory, files)
+    return LoadedModel(model.eval(), tokenizer, located.name, *digests), reader
 
 
 def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
