@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from deploy.attention_inputs import rotary_tables
+from deploy.attention_inputs import attention_inputs, rotary_tables
 from deploy.checkpoint import Checkpoint
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.graph_builder import GraphBuilder, graph_value, name_output
 from deploy.parity import relative_error
 from deploy.session import GRAPH_NAME, OnnxDecoder
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
@@ -232,6 +234,40 @@ def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
     expected = LlamaRotaryEmbedding(config=config)(torch.zeros(1), torch.arange(128)[None])
     for found, reference in zip((cos, sin), expected, strict=True):
         np.testing.assert_allclose(found, reference[0, :, :8].numpy(), rtol=0, atol=1e-6)
+    for computed, stored in zip(tables_at_load(config), (cos, sin), strict=True):
+        np.testing.assert_allclose(computed, stored, rtol=0, atol=2e-7)
+
+
+def tables_at_load(config: LlamaConfig, dtype: ir.DataType = ir.DataType.FLOAT) -> list[np.ndarray]:
+    """Return cos and sin as ONNX Runtime computes them from what a graph says."""
+    graph = GraphBuilder("tables")
+    mask = graph_value("mask", ir.DataType.INT64, (1, "length"))
+    tables = attention_inputs(graph, mask, config, dtype=dtype).rotary[None]
+    outputs = [
+        name_output(table, name, dtype, ("context", "half"))
+        for table, name in zip(tables, ("cos", "sin"), strict=True)
+    ]
+    model = ir.to_proto(graph.build([mask], outputs)).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    found: list[np.ndarray] = session.run(None, {"mask": np.ones((1, 1), np.int64)})
+    return found
+
+
+def test_rotary_tables_of_a_long_context_are_computed_and_not_stored() -> None:
+    config = LlamaConfig(
+        hidden_size=2048, num_attention_heads=32, max_position_embeddings=131_072
+    )  # the greatest angle is 131,071
+    tables = rotary_tables(config)
+    for computed, stored in zip(tables_at_load(config), tables, strict=True):
+        np.testing.assert_allclose(computed, stored, rtol=0, atol=2e-7)
+    for computed, stored in zip(tables_at_load(config, ir.DataType.FLOAT16), tables, strict=True):
+        assert computed.dtype == np.float16
+        np.testing.assert_allclose(computed, stored, rtol=0, atol=2**-11)
+    graph = GraphBuilder("tables")
+    mask = graph_value("mask", ir.DataType.INT64, (1, "length"))
+    inputs = attention_inputs(graph, mask, config)
+    model = graph.build([mask], list(inputs.rotary[None]))
+    assert sum(value.const_value.nbytes for value in model.graph.initializers.values()) < 1024
 
 
 def test_longrope_is_exported_for_the_original_window_only(tmp_path: Path) -> None:
