@@ -603,15 +603,17 @@ def merge_rotate_quantize_command(
     head_bits: Annotated[
         int | None,
         typer.Option(
-            help="4, 8, or 32 for float. Default: 8; an encoder's pooler and classifier are float."
+            help="4, 8, or 32 for float. Default: 8, or the embedding's with --share-table; an "
+            "encoder's pooler and classifier are float."
         ),
     ] = None,
     share_table: Annotated[
         bool,
         typer.Option(
             "--share-table",
-            help="Store embedding and head of a tied model as one table of 8 bits, with channel "
-            "scales in front of the rotations.",
+            help="Store embedding and head of a tied model as one table, of 8 bits or 4 "
+            "(--embedding-bits 4: smaller, faster in decode, and further from the model), with "
+            "channel scales in front of the rotations.",
         ),
     ] = False,
     kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8, 4, or 16 for float.")] = 16,
@@ -661,7 +663,8 @@ def merge_rotate_quantize_command(
     if encoder and choice is None:
         choice = RotationChoice(frozenset())
     if head_bits is None:
-        head_bits = FLOAT_BITS if encoder else 8
+        of_decoder = embedding_bits if share_table else 8
+        head_bits = FLOAT_BITS if encoder else of_decoder
     with _bad_values():
         recipe = choose_recipe(
             scheme,

@@ -27,9 +27,10 @@ class CheckpointOps:
         self._form = form
         self._dtype = ir.DataType.FLOAT16 if form.half else ir.DataType.FLOAT
         self._table: ir.Value | None = None
+        self._table_scale: ir.Value | None = None
 
     def table(self) -> ir.Value:
-        """Return the embedding's table [V, D] as it is stored."""
+        """Return the embedding's table as it is stored, [V, D], or [V, D / 2] bytes of 4 bits."""
         if self._table is None:
             checkpoint, spec = self._checkpoint, self._checkpoint.embedding_spec
             key = f"{checkpoint.names.embedding}.weight"
@@ -42,14 +43,21 @@ class CheckpointOps:
             self._table = self._graph.lazy_weight(key, dtype, checkpoint.shape(key), read)
         return self._table
 
+    def table_scale(self) -> ir.Value:
+        """Return the scales of the table's integers, float32 [V, 1] or [V, groups]."""
+        if self._table_scale is None:
+            key = f"{self._checkpoint.names.embedding}.weight_scale"
+            scales = self._checkpoint.array(key)
+            self._table_scale = self._graph.weight(key, ir.tensor(scales.reshape(len(scales), -1)))
+        return self._table_scale
+
     def look_up(self, input_ids: ir.Value) -> ir.Value:
         """Look tokens up; int8 rows are scaled after the lookup, groups of 4 bits in it."""
         graph, checkpoint = self._graph, self._checkpoint
-        key, spec, table = checkpoint.names.embedding, checkpoint.embedding_spec, self.table()
+        spec, table = checkpoint.embedding_spec, self.table()
         if spec is None:
             return graph.value("Gather", [table, input_ids], "embedding/Gather")
-        scales = checkpoint.array(f"{key}.weight_scale")
-        scale = graph.weight(f"{key}.weight_scale", ir.tensor(scales.reshape(len(scales), -1)))
+        scale = self.table_scale()
         if spec.bits == 4:
             return graph.value(
                 "GatherBlockQuantized",
@@ -96,6 +104,7 @@ class CheckpointOps:
         one of integers. Without `bias` a node behind it adds that.
         """
         linears = [self._checkpoint.linear(fqn) for fqn in fqns]
+        shared = self._checkpoint.shares_table and fqns == [self._checkpoint.names.head]
         if quantized is not None:
             return integer_linear(
                 self._graph,
@@ -106,14 +115,14 @@ class CheckpointOps:
                 blocked=self._form.blocked,
                 half=half and self._form.half,
                 add_bias=bias,
-                table=self.table() if self._is_shared(fqns) else None,
+                table=self.table() if shared else None,
             )
         if linears[0].activation is not None:
-            return nbits_linear(self._graph, x, self._checkpoint, linears, name, add_bias=bias)
+            in_blocks = shared and linears[0].weight.group_size is not None
+            table = (self.table(), self.table_scale()) if in_blocks else None
+            return nbits_linear(
+                self._graph, x, self._checkpoint, linears, name, add_bias=bias, table=table
+            )
         return float_linear(
             self._graph, x, self._checkpoint, linears, name, self._dtype, add_bias=bias
         )
-
-    def _is_shared(self, fqns: list[str]) -> bool:
-        """Return whether a linear is a head with the embedding's table for its weight."""
-        return self._checkpoint.shares_table and fqns == [self._checkpoint.names.head]

@@ -64,6 +64,9 @@ def _check_graph(
         elif checkpoint.shares_table and fqns == (checkpoint.names.head,):
             table = f"{checkpoint.names.embedding}.weight"
             found = _content(initializers[table]).numpy()
+            if linears[0].weight.bits == 4:
+                found = unpack_blocks(found, blocked_layout(linears))
+                key = table  # its scales are shared too
         else:
             continue
         expected = np.concatenate([checkpoint.integers(linear) for linear in linears])

@@ -255,7 +255,8 @@ def _forms(
     """Return the graphs of a CPU; `phases` allows one for prompts and one for single tokens."""
     quantized = [linear.activation for linear in linears if linear.activation is not None]
     bits = min((spec.bits for spec in quantized), default=None)
-    grouped = any(spec.granularity is Granularity.GROUP for spec in quantized)
+    in_blocks = [linear.activation for linear in linears[:-1] if linear.activation is not None]
+    grouped = any(spec.granularity is Granularity.GROUP for spec in in_blocks)
     if kernel is Kernel.NBITS:
         if bits not in (NBITS_ACTIVATION_BITS, UNQUANTIZED_BITS):
             scheme = checkpoint.manifest.details.get("scheme")

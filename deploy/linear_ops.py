@@ -199,6 +199,7 @@ def nbits_linear(
     name: str,
     *,
     add_bias: bool = True,
+    table: tuple[ir.Value, ir.Value] | None = None,
 ) -> ir.Value:
     """Add one MatMulNBits for linears that read the same input; weights of 4 or 8 bits.
 
@@ -210,6 +211,8 @@ def nbits_linear(
             quantized to 8 bits or in float.
         name: Prefix of node names.
         add_bias: See `integer_linear`.
+        table: Bytes [N, K / 2] and scales [N, groups] of the only linear's 4-bit weight, which
+            stand in the graph already.
 
     Returns:
         float32 [B, S, sum of out_features].
@@ -221,14 +224,17 @@ def nbits_linear(
     def read() -> ir.TensorProtocol:
         return ir.tensor(pack_blocks(checkpoint, linears, layout))
 
-    scales = np.concatenate([checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears])
+    if table is not None:
+        stored, scale = table
+        shape = graph.constant(np.array(layout.shape, np.int64))
+        weight = graph.value("Reshape", [stored, shape], f"{name}/Reshape")
+    else:
+        arrays = [checkpoint.array(f"{linear.fqn}.weight_scale") for linear in linears]
+        scale = block_scales(graph, np.concatenate(arrays), layout, name)
+        weight = graph.lazy_weight(f"{name}.weight", ir.DataType.UINT8, layout.shape, read)
     y = graph.value(
         "MatMulNBits",
-        [
-            x,
-            graph.lazy_weight(f"{name}.weight", ir.DataType.UINT8, layout.shape, read),
-            block_scales(graph, scales, layout, name),
-        ],
+        [x, weight, scale],
         f"{name}/MatMulNBits",
         domain=MICROSOFT,
         K=layout.columns,

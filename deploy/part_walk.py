@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from deploy.part_store import PartStore
 from rolora.calibrated_plan import CalibratedPlan
 from rolora.kv_attention import CacheWalk
 from rolora.kv_cache import FLOAT_KV_BITS
+from rolora.packing import unpack_int4
 from rolora.quantization_walk import QuantizationWalk
 from rolora.quantize import LayerError
 from rolora.rotation import RotationPlan
@@ -147,10 +149,11 @@ class PartWalk:
         release_free_memory()
 
     def _table(self) -> tuple[Tensor, Tensor]:
-        """Read the embedding's integers and scales back."""
+        """Read the embedding's integers, int8 [V, D], and scales back."""
         first = load_file(self._store.path(self._store.parts[0].name))
-        integers, scales = table_keys(self._source.names.embedding)
-        return first[integers], first[scales]
+        integers, scales = (first[key] for key in table_keys(self._source.names.embedding))
+        packed = integers.dtype == torch.uint8
+        return (unpack_int4(integers) if packed else integers), scales
 
     def _calibrate_cache(self, part: Part, index: int) -> None:
         """Move on the states that the caches see, behind the quantization of the same part."""

@@ -70,13 +70,8 @@ def plan_layers(
             plans += shared
     head = names.head
     if head is not None and (recipe.head_bits != FLOAT_BITS or head in exceptions):
-        plans.append(_plan_head(head, recipe, exceptions.get(head, ())))
+        plans.append(_plan_head(head, recipe, names.hidden_size, exceptions.get(head, ())))
         _require_pairs(head, plans[-1].weight, names.hidden_size)
-        if recipe.shared_table and plans[-1].weight != WeightSpec(8):
-            raise ValueError(
-                f"{head}: shares the embedding's table of 8 bits and cannot have other bits; leave "
-                f"its override out"
-            )
     return [plan for plan in plans if not _stays_float(plan)]
 
 
@@ -86,13 +81,25 @@ def _scheme(scheme: Scheme, exceptions: Sequence[Override]) -> Scheme:
     return scheme
 
 
-def _plan_head(fqn: str, recipe: QuantizationRecipe, exceptions: Sequence[Override]) -> LayerPlan:
-    weight_bits = UNQUANTIZED_BITS if recipe.head_bits == FLOAT_BITS else recipe.head_bits
-    float_head = UNQUANTIZED_BITS in (weight_bits, recipe.scheme.activation_bits)
-    scheme = _scheme(Scheme(weight_bits, UNQUANTIZED_BITS if float_head else 8), exceptions)
-    return LayerPlan(
-        fqn, WeightSpec(scheme.weight_bits), recipe.head_input(scheme.activation_bits), fqn
-    )
+def _plan_head(
+    fqn: str, recipe: QuantizationRecipe, columns: int, exceptions: Sequence[Override]
+) -> LayerPlan:
+    weight = recipe.head_weight(columns)
+    float_head = UNQUANTIZED_BITS in (weight.bits, recipe.scheme.activation_bits)
+    scheme = _scheme(Scheme(weight.bits, UNQUANTIZED_BITS if float_head else 8), exceptions)
+    if scheme.weight_bits != weight.bits:
+        if recipe.shared_table:
+            raise ValueError(
+                f"{fqn}: shares the embedding's table of {weight.bits} bits and cannot have other "
+                f"bits; leave its override out"
+            )
+        weight = WeightSpec(scheme.weight_bits)
+    if weight.group_size is not None and scheme.activation_bits not in (8, UNQUANTIZED_BITS):
+        raise ValueError(
+            f"{fqn}: shares the embedding's table of 4 bits, whose kernel has inputs of 8 bits or "
+            f"in float, not of {scheme.activation_bits}; leave its override out"
+        )
+    return LayerPlan(fqn, weight, recipe.head_input(weight, scheme.activation_bits), fqn)
 
 
 def _stays_float(plan: LayerPlan) -> bool:

@@ -136,7 +136,8 @@ class RotatedInputs:
             for norm in (block.attention_norm, block.mlp_norm):
                 self._hook_norm(model, self._residual_site(norm, after_norm))
         if recipe.head_bits != FLOAT_BITS:
-            self._hook_norm(model, self._residual_site(names.final_norm, recipe.head_input()))
+            head_input = recipe.head_input(recipe.head_weight(names.hidden_size))
+            self._hook_norm(model, self._residual_site(names.final_norm, head_input))
         for layer, block in enumerate(names.blocks):
             self._hook_input(model, self._heads_site(block.output, other, layer))
             self._hook_input(model, self._mlp_site(block.down, other))

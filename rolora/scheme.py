@@ -31,6 +31,8 @@ TABLE_BITS = (4, 8, FLOAT_BITS)
 """Of the embedding and the head."""
 TABLE_GROUP_SIZES = (64, 32, 16)
 """Columns of a 4-bit embedding that share a scale: the first that divides them."""
+SHARED_TABLE_GROUP_SIZES = (32, 16)
+"""The same where the table is the head's too, which is more sensitive."""
 AUTO: Literal["auto"] = "auto"
 """Chosen on calibration text, for each input by itself."""
 ALL: Literal["all"] = "all"
@@ -196,10 +198,11 @@ class QuantizationRecipe:
         for part, bits in (("embedding", self.embedding_bits), ("head", self.head_bits)):
             if bits not in TABLE_BITS:
                 raise ValueError(f"{part} bits: expected 4, 8 or {FLOAT_BITS} (float), got {bits}")
-        if self.shared_table and (self.embedding_bits, self.head_bits) != (8, 8):
+        tables = (self.embedding_bits, self.head_bits)
+        if self.shared_table and tables not in ((8, 8), (4, 4)):
             raise ValueError(
-                f"a table that embedding and head share has 8 bits, got {self.embedding_bits} for "
-                f"the embedding and {self.head_bits} for the head"
+                f"a table that embedding and head share has 8 bits for both or 4 for both, got "
+                f"{self.embedding_bits} for the embedding and {self.head_bits} for the head"
             )
         if not 0.0 <= self.aim_share <= 1.0:
             raise ValueError(f"aim share: expected 0 to 1, got {self.aim_share}")
@@ -287,13 +290,24 @@ class QuantizationRecipe:
         """
         if self.embedding_bits != 4:
             return WeightSpec(self.embedding_bits)
-        for size in TABLE_GROUP_SIZES:
+        sizes = SHARED_TABLE_GROUP_SIZES if self.shared_table else TABLE_GROUP_SIZES
+        for size in sizes:
             if columns % size == 0:
                 return WeightSpec(4, size)
         raise ValueError(
-            f"embedding bits: 4 bits have a scale for {', '.join(map(str, TABLE_GROUP_SIZES))} "
-            f"columns, none of which divides {columns}; use 8"
+            f"embedding bits: 4 bits have a scale for {', '.join(map(str, sizes))} columns, none "
+            f"of which divides {columns}; use 8"
         )
+
+    def head_weight(self, columns: int) -> WeightSpec:
+        """Return how the head is stored: a scale a row, or as the embedding whose table it shares.
+
+        Raises:
+            ValueError: See `embedding_weight`.
+        """
+        if self.shared_table:
+            return self.embedding_weight(columns)
+        return WeightSpec(UNQUANTIZED_BITS if self.head_bits == FLOAT_BITS else self.head_bits)
 
     def _default_clip(self, bits: int) -> float:
         """Return what serves rotated inputs: near Gaussian ones, of which few reach the greatest.
@@ -304,15 +318,18 @@ class QuantizationRecipe:
             return 1.0
         return 0.7 if self.activation_group_size is None else 0.9
 
-    def head_input(self, bits: int | None = None) -> ActivationSpec:
+    def head_input(self, weight: WeightSpec, bits: int | None = None) -> ActivationSpec:
         """Return how the head's input is quantized: 8 bits, per tensor where calibrated.
 
-        Where activations stay in float, so does the head's; `bits` overrides both.
+        Where activations stay in float, so does the head's; `bits` overrides both. Weights in
+        groups run in a kernel that quantizes its input itself, in the same groups.
         """
         in_float = self.scheme.activation_bits == UNQUANTIZED_BITS
         wanted = bits or (UNQUANTIZED_BITS if in_float else 8)
         if wanted == UNQUANTIZED_BITS:
             return FLOAT_INPUT
+        if weight.group_size is not None:
+            return ActivationSpec(wanted, Granularity.GROUP, group_size=weight.group_size)
         if self.static_after_norm:
             return ActivationSpec(wanted, Granularity.TENSOR)
         return ActivationSpec(wanted, Granularity.TOKEN)

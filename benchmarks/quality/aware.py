@@ -59,8 +59,8 @@ class Case:
     rounds: tuple[Round, ...]
     equalize: Equalized | None = None
     """Channel scales; None where the scheme has them by default."""
-    shared_table: bool = False
-    """One table for embedding and head."""
+    table_bits: int | None = None
+    """Of the one table for embedding and head; None where there are two, of 8 bits."""
     kv_bits: int = FLOAT_KV_BITS
     """Of the key-value cache, which is calibrated at the start and not trained in."""
     rotation_block: int | None = None
@@ -75,7 +75,15 @@ CASES = {
         "W4A8",
         (Round(120, 5e-4, 32),),
         equalize=Equalized.ALL,
-        shared_table=True,
+        table_bits=8,
+        kv_bits=8,
+        rotation_block=64,
+    ),
+    "w4a8-shared-4": Case(
+        "W4A8",
+        (Round(120, 5e-4, 32),),
+        equalize=Equalized.ALL,
+        table_bits=4,
         kv_bits=8,
         rotation_block=64,
     ),
@@ -106,7 +114,12 @@ def train(arguments: argparse.Namespace) -> None:
             None,
             MergeMethod.EXACT,
             None,
-            choose_recipe(case.scheme, shared_table=case.shared_table),
+            choose_recipe(
+                case.scheme,
+                shared_table=case.table_bits is not None,
+                embedding_bits=case.table_bits or 8,
+                head_bits=case.table_bits or 8,
+            ),
             arguments.calibration,
             equalize=case.equalize,
             kv_bits=case.kv_bits,

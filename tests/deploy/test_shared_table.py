@@ -18,7 +18,7 @@ from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.checkpoint_settings import choose_recipe
 from deploy.compressed_export import export_compressed
-from deploy.errors import ConfigError, ParityError
+from deploy.errors import ConfigError, ParityError, UnsupportedModelError
 from deploy.export import DATA_NAME
 from deploy.finetune import finetune
 from deploy.kernels import Kernel
@@ -28,6 +28,7 @@ from deploy.parity import relative_error
 from deploy.session import HEAD_NAME, OnnxDecoder
 from deploy.targets import Target
 from rolora.overrides import Override
+from rolora.scheme import WeightSpec
 from tests.deploy.tiny_artifacts import (
     finetune_settings,
     make_adapter,
@@ -119,6 +120,9 @@ def test_a_shared_table_is_as_near_to_the_model_as_two(
     assert report["parity"]["top1_agreement"] > 0.9
 
 
+FOUR_BITS = {"embedding_bits": 4, "head_bits": 4}
+
+
 @pytest.mark.parametrize(
     ("scheme", "kernel", "target", "written_once"),
     [
@@ -148,6 +152,49 @@ def test_exports_hold_the_table_once_where_the_kernels_allow(
                 places.setdefault(tensor.name, set()).add((entries["offset"], entries["length"]))
     assert len(places[TABLE]) == 1, "all graphs refer to the same bytes"
     assert (HEAD not in places) is written_once
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "files"),
+    [
+        ("W4A8", Kernel.AUTO, 3),
+        ("W4A8", Kernel.INTEGER, 1),
+        ("W4A8", Kernel.NBITS, 1),
+        ("W8A8", Kernel.AUTO, 2),
+        ("W4A4", Kernel.AUTO, 2),
+        ("W4A16", Kernel.NBITS, 1),
+    ],
+)
+def test_a_table_of_4_bits_is_held_once_by_every_kernel(
+    model: Path, tmp_path: Path, scheme: str, kernel: Kernel, files: int
+) -> None:
+    source = make_shared(model, tmp_path / "c", scheme, **FOUR_BITS)
+    with Checkpoint(source) as opened:
+        width = opened.names.hidden_size
+        head = opened.linear(opened.names.head)
+        assert head.weight == opened.embedding_spec == WeightSpec(4, 32)
+        assert (opened.shape(TABLE), opened.shape(HEAD)) == ((262, width // 2),) * 2
+    report = make_export(source, tmp_path / "onnx", kernel).to_dict()
+    assert report["parity"]["exact_weights"] == 2 * 7 + 1
+    graphs = list((tmp_path / "onnx").glob("*.onnx"))
+    assert len(graphs) == files
+    for file in graphs:
+        graph = onnx.load(file, load_external_data=False).graph
+        names = {tensor.name for tensor in graph.initializer}
+        assert {TABLE, f"{TABLE}_scale"} <= names
+        assert not names & {HEAD, f"{HEAD}_scale"}
+        node = next(one for one in graph.node if one.name == "lm_head/MatMulNBits")
+        assert node.input[2] == f"{TABLE}_scale"
+
+
+def test_a_table_of_4_bits_is_as_near_as_4_bits_are(model: Path, tmp_path: Path) -> None:
+    expected = float_logits(model)
+    eight = make_shared(model, tmp_path / "8")
+    four = make_shared(model, tmp_path / "4", **FOUR_BITS)
+    errors = [relative_error(logits(each), expected) for each in (eight, four)]
+    assert errors[0] < errors[1] < 0.3, "16 times the step, 32 columns to a scale"
+    sizes = [(each / WEIGHTS_NAME).stat().st_size for each in (eight, four)]
+    assert sizes[1] < sizes[0]
 
 
 def test_the_head_alone_reads_the_table_too(shared: Path, tmp_path: Path) -> None:
@@ -181,6 +228,23 @@ def other_table(graph: onnx.ModelProto) -> None:
     graph.graph.node.insert(0, reversal)
 
 
+def other_scales(graph: onnx.ModelProto) -> None:
+    """Let the head of a 4-bit table read other scales than the lookup."""
+    node = next(one for one in graph.graph.node if one.name == "lm_head/MatMulNBits")
+    twice = onnx.helper.make_node("Add", [node.input[2]] * 2, ["doubled"], "doubling")
+    node.input[2] = "doubled"
+    graph.graph.node.insert(0, twice)
+
+
+def test_other_scales_of_the_head_fail_parity(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_shared(model, tmp_path / "c", **FOUR_BITS)
+    put_fault_in_export(monkeypatch, "model.onnx", other_scales)
+    with pytest.raises(ParityError, match="departs from the torch reference"):
+        make_export(source, tmp_path / "onnx")
+
+
 @pytest.mark.parametrize("fault", [lookup_not_undone, other_table])
 def test_a_table_in_another_basis_or_order_fails_parity(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any
@@ -190,10 +254,11 @@ def test_a_table_in_another_basis_or_order_fails_parity(
         make_export(shared, tmp_path / "onnx")
 
 
+@pytest.mark.parametrize("options", [{}, FOUR_BITS], ids=["8 bits", "4 bits"])
 def test_training_in_the_rounding_keeps_the_table_and_the_cache(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    start = make_shared(model, tmp_path / "start", "W4A8", kv_bits=8)
+    start = make_shared(model, tmp_path / "start", "W4A8", kv_bits=8, **options)
     settings = finetune_settings(model, write_rows(tmp_path / "rows.jsonl"), "rolora")
     finetune(type(settings)(**vars(settings) | {"start": start}), tmp_path / "adapter")
     pack(PackSettings(str(model), tmp_path / "adapter"), tmp_path / "packed")
@@ -251,13 +316,26 @@ def test_the_basis_of_an_adapter_is_refused(model: Path, tmp_path: Path) -> None
 
 def test_other_bits_than_those_of_the_table_are_refused(model: Path, tmp_path: Path) -> None:
     for bits in ({"head_bits": 4}, {"embedding_bits": 32}):
-        with pytest.raises(ValueError, match="embedding and head share has 8 bits"):
+        with pytest.raises(ValueError, match="share has 8 bits for both or 4 for both, got"):
             choose_recipe("W8A8", shared_table=True, **bits)
     with pytest.raises(ValueError, match="--scheme FP32 leaves embedding and head in float"):
         choose_recipe("FP32", shared_table=True)
     override = Override.parse("head=W4")
     with pytest.raises(ConfigError, match="cannot have other bits; leave its override out"):
         make_shared(model, tmp_path / "c", overrides=(override,))
+    override = Override.parse("head=A4")
+    with pytest.raises(ConfigError, match="table of 4 bits, whose kernel has inputs of 8 bits"):
+        make_shared(model, tmp_path / "c", overrides=(override,), **FOUR_BITS)
+    odd = save_model(tmp_path / "odd", tied=True, hidden_size=40, head_dim=16)
+    with pytest.raises(ConfigError, match="a scale for 32, 16 columns, none of which divides 40"):
+        make_shared(odd, tmp_path / "c", **FOUR_BITS)
+
+
+@pytest.mark.parametrize("target", [Target.CUDA, Target.QDQ])
+def test_a_table_of_4_bits_is_for_the_cpu(model: Path, tmp_path: Path, target: Target) -> None:
+    source = make_shared(model, tmp_path / "c", static="all", **FOUR_BITS)
+    with pytest.raises(UnsupportedModelError, match="the embedding has 4 bits, which --target"):
+        make_export(source, tmp_path / "onnx", Kernel.AUTO, target)
 
 
 def test_transformers_has_no_such_table(model: Path, tmp_path: Path) -> None:

@@ -174,16 +174,25 @@ def test_a_quantized_cache_goes_on_behind_an_interruption(
     assert digest(make_checkpoint(model, copy, **options)) != expected
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("weights", ["rtn", "gptq"])
 def test_a_shared_table_streams_and_outlives_an_interruption(
     weights: str,
+    bits: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     in_memory: Callable[..., Path],
     request: pytest.FixtureRequest,
 ) -> None:
     model = save_model(tmp_path / "model", "llama", tied=True)
-    options = {"scheme": "W4A8", "weights": weights, "windows": 2, "shared_table": True}
+    options = {
+        "scheme": "W4A8",
+        "weights": weights,
+        "windows": 2,
+        "shared_table": True,
+        "embedding_bits": bits,
+        "head_bits": bits,
+    }
     expected = digest(in_memory(model, tmp_path / "memory", **options))
     request.getfixturevalue("no_whole_model")
     with monkeypatch.context() as patch:

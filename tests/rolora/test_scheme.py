@@ -116,10 +116,10 @@ def test_static_scales_stand_only_behind_norms() -> None:
     recipe = QuantizationRecipe(Scheme(4, 6), activation_clip=0.9)
     assert recipe.block_input(after_norm=True) == ActivationSpec(6, Granularity.TENSOR)
     assert recipe.block_input(after_norm=False) == ActivationSpec(6, Granularity.TOKEN, 0.9)
-    assert recipe.head_input() == ActivationSpec(8, Granularity.TENSOR)
+    assert recipe.head_input(WeightSpec(8)) == ActivationSpec(8, Granularity.TENSOR)
     dynamic = QuantizationRecipe(Scheme(4, 6), activation_clip=0.9, static_after_norm=False)
     assert dynamic.block_input(after_norm=True) == ActivationSpec(6, Granularity.TOKEN, 0.9)
-    assert dynamic.head_input() == ActivationSpec(8, Granularity.TOKEN)
+    assert dynamic.head_input(WeightSpec(8)) == ActivationSpec(8, Granularity.TOKEN)
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
@@ -131,7 +131,7 @@ def test_static_scales_for_all_inputs_leave_the_weights_their_groups(
         spec = recipe.block_input(after_norm=after_norm)
         assert spec == ActivationSpec(8, Granularity.TENSOR)
     assert recipe.block_weight() == WeightSpec(4, group_size)
-    assert recipe.head_input() == ActivationSpec(8, Granularity.TENSOR)
+    assert recipe.head_input(WeightSpec(8)) == ActivationSpec(8, Granularity.TENSOR)
     weights_alone = QuantizationRecipe(Scheme(4, 16), static_after_norm="all")
     assert weights_alone.block_input(after_norm=True) == FLOAT_INPUT
 
@@ -162,6 +162,6 @@ def test_asymmetry_and_groups_are_for_scales_found_at_run_time() -> None:
 
 def test_a_scheme_with_float_inputs_leaves_the_heads_input_alone_too() -> None:
     recipe = QuantizationRecipe(Scheme(4, 16), group_size=32)
-    assert recipe.block_input(after_norm=True) == recipe.head_input() == FLOAT_INPUT
+    assert recipe.block_input(after_norm=True) == recipe.head_input(WeightSpec(8)) == FLOAT_INPUT
     assert recipe.block_weight() == WeightSpec(4, 32)
-    assert recipe.head_input(8) == ActivationSpec(8, Granularity.TENSOR)
+    assert recipe.head_input(WeightSpec(8), 8) == ActivationSpec(8, Granularity.TENSOR)
