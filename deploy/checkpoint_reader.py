@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -228,6 +228,27 @@ class CheckpointReader(Generic[Names]):
                 model.set_submodule(fqn, module)
         if self.embedding_spec is not None:
             model.set_submodule(self.names.embedding, self.quantized_embedding(self.embedding_spec))
+
+    @contextmanager
+    def weights_held(self, model: nn.Module, fqns: Sequence[str]) -> Iterator[None]:
+        """Have the weights of linears in memory inside the block, if they are read on call.
+
+        Args:
+            model: From `put_integers`.
+            fqns: Of quantized linears; others are left as they are.
+        """
+        absent = {}
+        for fqn in fqns:
+            module = model.get_submodule(fqn)
+            if isinstance(module, QuantizedLinear | InputQuantizedLinear) and module.weight.is_meta:
+                absent[module] = module.weight, self._weight(self.linear(fqn))
+        try:
+            for module, (_, weight) in absent.items():
+                module.weight = weight
+            yield
+        finally:
+            for module, (nothing, _) in absent.items():
+                module.weight = nothing
 
     def _tensor(self, key: str) -> Tensor:
         return torch.from_numpy(self.array(key))

@@ -127,7 +127,7 @@ def compare_encoder_layers(
         with float_activations(model), capture(model, places, rows) as float_run:
             run()
     floors = noise_floors(model, places, run, expected, rows)
-    reference = Reference(model, checkpoint.names, expected, float_run, floors)
+    reference = Reference(model, checkpoint, expected, float_run, floors)
     streams = {key: found[name] for key, name in probes.streams.items()}
     return LayerReport(tuple(compare_parts(reference, ENCODE, probes.linears, found, streams)))
 

@@ -86,7 +86,7 @@ def compare_layers(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> 
         ArtifactError: ONNX Runtime cannot load a graph, or a graph lacks a node.
     """
     prompt = max(1, len(ids) - DECODE_STEPS)
-    model = checkpoint.load_model()
+    model = checkpoint.load_model(on_call=True)
     places = decoder_places(checkpoint.names)
     with capture(model, places, integers=True) as expected:
         torch_logits(model, ids)
@@ -119,7 +119,7 @@ def compare_layers(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> 
         }
         in_phase = Reference(
             model,
-            checkpoint.names,
+            checkpoint,
             {key: value[rows] for key, value in expected.items()},
             None if float_run is None else {key: value[rows] for key, value in float_run.items()},
             floors,

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deploy.checkpoint_reader import AnyCheckpoint
 from deploy.errors import ArtifactError
 from deploy.graph_probes import ATTENTION, EMBEDDING, HEAD, MLP, LinearProbe
 from deploy.layer_report import PartParity
 from deploy.parity import CHANCE, FLOOR_FACTOR, LEAST_BOUND
 from deploy.stream_capture import Values, relative_size
-from rolora.blocks import BlockStack
 from rolora.linear import QuantizedLinear
 
 ZERO_POINT = 128
@@ -33,7 +33,8 @@ class Reference:
     """What the torch model gave for the tokens that the graph ran."""
 
     model: nn.Module
-    names: BlockStack
+    checkpoint: AnyCheckpoint
+    """What the model is of."""
     expected: Values
     """From `capture`, with integers."""
     float_run: Values | None
@@ -61,7 +62,10 @@ def compare_parts(
         ArtifactError: The graph quantizes what the checkpoint does not.
     """
     by_nbits = any(reads_floats(reference.model, linear) for linear in linears)
-    products = [_compare_linear(reference.model, phase, linear, found) for linear in linears]
+    products = []
+    for linear in linears:
+        with reference.checkpoint.weights_held(reference.model, linear.fqns):
+            products.append(_compare_linear(reference.model, phase, linear, found))
     between = _compare_streams(
         phase,
         streams,
@@ -69,7 +73,7 @@ def compare_parts(
         reference.float_run if by_nbits else None,
         reference.floors,
     )
-    blocks = reference.names.blocks
+    blocks = reference.checkpoint.names.blocks
     mlp = {fqn for block in blocks for group in block.shared_inputs()[2:] for fqn in group}
     counted = _count_integers(between, linears, mlp, found, reference.expected)
     return list(_in_order(products, counted))

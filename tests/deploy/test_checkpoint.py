@@ -134,6 +134,20 @@ def test_weights_read_on_call_give_the_same_logits_and_are_forgotten(
         assert (InputQuantizedLinear in kinds) == bool(overrides)
 
 
+def test_weights_read_on_call_can_be_held_for_a_while(four_bits: Path) -> None:
+    fqn = "model.layers.0.mlp.gate_proj"
+    with Checkpoint(four_bits) as checkpoint:
+        whole, lean = checkpoint.load_model(), checkpoint.load_model(on_call=True)
+        linear, expected = lean.get_submodule(fqn), whole.get_submodule(fqn).weight
+        assert isinstance(linear, QuantizedLinear)
+        with checkpoint.weights_held(lean, (fqn, "lm_head")):
+            torch.testing.assert_close(linear.weight, expected, rtol=0, atol=0)
+        assert linear.weight.is_meta
+        with checkpoint.weights_held(whole, (fqn,)):
+            pass
+        assert whole.get_submodule(fqn).weight is expected
+
+
 def test_a_weight_is_forgotten_when_its_linear_fails(four_bits: Path) -> None:
     with Checkpoint(four_bits) as checkpoint:
         linear = checkpoint.load_model(on_call=True).get_submodule("lm_head")
