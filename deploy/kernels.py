@@ -289,10 +289,11 @@ def _require_kernel(checkpoint: AnyCheckpoint, linear: StoredLinear, target: Tar
     elif grouped and not (spec.symmetric and spec.bits == NBITS_ACTIVATION_BITS):
         fault = f"an input of {spec}"
     elif linear.weight.group_size is not None and spec.granularity is Granularity.TENSOR:
+        portable = f"export it with --target {Target.QDQ}, or " if linear.weight.bits == 4 else ""
         raise UnsupportedModelError(
             f"{checkpoint.directory}: {linear.fqn} has weights in groups of "
             f"{linear.weight.group_size} and an input of {spec}, which no kernel of --target "
-            f"{target} multiplies; export it with --target qdq, or quantize without --static all"
+            f"{target} multiplies; {portable}quantize without --static all"
         )
     elif target is Target.CUDA and linear.needs_blocks:
         raise UnsupportedModelError(
@@ -311,17 +312,28 @@ def _require_kernel(checkpoint: AnyCheckpoint, linear: StoredLinear, target: Tar
 
 
 def require_static(checkpoint: AnyCheckpoint, linears: list[StoredLinear]) -> None:
-    """Refuse what QuantizeLinear and DequantizeLinear with constant scales cannot say.
+    """Refuse what QuantizeLinear and DequantizeLinear with constant scales cannot say, or run.
+
+    ONNX Runtime makes a MatMulIntegerToFloat of bytes in groups and a rounded input, and refuses to
+    load that.
 
     Raises:
-        UnsupportedModelError: An input has run-time scales or fewer than 8 bits; the message says
-            how to make a checkpoint without that.
+        UnsupportedModelError: An input has run-time scales or fewer than 8 bits, or weights of 8
+            bits have groups behind a rounded input; the message says how to make a checkpoint
+            without that.
     """
     for linear in linears:
         spec = linear.activation
         if spec is None or spec.is_float:
             continue
         static = spec.granularity is Granularity.TENSOR and spec.bits == NBITS_ACTIVATION_BITS
+        if static and linear.weight.bits == 8 and linear.weight.group_size is not None:
+            raise UnsupportedModelError(
+                f"{checkpoint.directory}: {linear.fqn} has 8-bit weights in groups of "
+                f"{linear.weight.group_size} and an input of {spec}, which ONNX Runtime does not "
+                f"run in the form of --target {Target.QDQ}; quantize without --group-size, or with "
+                f"weights of 4 bits (--scheme W4A8)"
+            )
         if static and linear.weight.bits != UNQUANTIZED_BITS:
             continue
         raise UnsupportedModelError(

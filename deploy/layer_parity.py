@@ -26,7 +26,7 @@ from deploy.checkpoint_reader import AnyCheckpoint
 from deploy.errors import ConfigError
 from deploy.graph_probes import EMBEDDING
 from deploy.layer_report import LayerReport, PartParity
-from deploy.parity import DECODE_STEPS, float_activation_logits, parity_tokens, torch_logits
+from deploy.parity import float_activation_logits, parity_tokens, prompt_length, torch_logits
 from deploy.part_parity import Reference, compare_parts, reads_floats
 from deploy.probed_decoder import ProbedDecoder
 from deploy.stream_capture import capture, decoder_places, noise_floors, with_streams
@@ -80,12 +80,12 @@ def compare_layers(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> 
     Args:
         checkpoint: What is exported.
         directory: The graphs, their weights and `genai_config.json`.
-        ids: int64 [T] tokens to run; the last DECODE_STEPS of them one by one.
+        ids: int64 [T] tokens to run; those behind `prompt_length` of them one by one.
 
     Raises:
         ArtifactError: ONNX Runtime cannot load a graph, or a graph lacks a node.
     """
-    prompt = max(1, len(ids) - DECODE_STEPS)
+    prompt = prompt_length(len(ids))
     model = checkpoint.load_model(on_call=True)
     places = decoder_places(checkpoint.names)
     with capture(model, places, integers=True) as expected:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.decoder_graph import DecoderGraph
 from deploy.errors import ParityError
 from deploy.exact_weights import check_exact_weights
-from deploy.parity import check_parity, float_activations, noise_floor, relative_error
+from deploy.kernels import Kernel
+from deploy.parity import (
+    DECODE_STEPS,
+    DRAWS,
+    MORE_DRAWS,
+    check_parity,
+    float_activations,
+    noise_floor,
+    prompt_length,
+    relative_error,
+)
 from deploy.session import GRAPH_NAME, OnnxDecoder
 from rolora.linear import QuantizedLinear
 from tests.deploy.tiny_artifacts import (
@@ -266,13 +277,53 @@ def test_float_activations_keep_what_an_adapter_adds(checkpoints: dict[str, Path
     torch.testing.assert_close(found, product + 1.0)
 
 
+@pytest.mark.parametrize(("noise", "passes"), [(1.0, True), (1e-6, False)])
+def test_more_perturbations_are_drawn_before_an_export_is_refused(
+    noise: float,
+    passes: bool,
+    checkpoints: dict[str, Path],
+    exports: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+
+    def floor(*arguments: Any) -> float:
+        drawn.append(arguments[5])
+        return 1e-6 if drawn == [DRAWS] else noise
+
+    monkeypatch.setattr(deploy.parity, "noise_floor", floor)
+    with Checkpoint(checkpoints["W8A8"]) as checkpoint:
+        check_parity(checkpoint, exports["W8A8"], np.arange(20, 84))
+    assert drawn == [DRAWS], "an export that passes costs no more"
+    drawn.clear()
+    put_fault_in_export(monkeypatch, GRAPH_NAME, enlarge_epsilon)
+    with nullcontext() if passes else pytest.raises(ParityError, match="departs"):
+        make_export(checkpoints["W8A8"], tmp_path / "onnx", Kernel.INTEGER)
+    assert drawn[:2] == [DRAWS, MORE_DRAWS]
+
+
+@pytest.mark.parametrize("context", [2, 3, 64, 65, 66, 200])
+def test_a_short_context_has_a_prompt_of_two_tokens_at_least(context: int) -> None:
+    prompt = prompt_length(context)
+    assert 2 <= prompt <= context
+    assert context - prompt <= DECODE_STEPS
+
+
+def test_a_short_context_checks_the_graph_of_prompts_too(tmp_path: Path) -> None:
+    short = save_model(tmp_path / "model", max_position_embeddings=64)
+    source = make_checkpoint(short, tmp_path / "checkpoint", "W4A8", weights="rtn")
+    parity = make_export(source, tmp_path / "onnx", Kernel.AUTO).to_dict()["parity"]
+    assert parity["prefill_error"] <= parity["bound"]
+
+
 def test_the_floor_is_the_worst_of_the_perturbations(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     sizes = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(
         deploy.parity, "perturbed_logits", lambda *_: expected * np.float32(1 + next(sizes))
     )
-    floor = noise_floor(None, "embedding", np.arange(5), expected)  # type: ignore[arg-type]
+    floor = noise_floor(None, "embedding", np.arange(5), expected, torch.Generator())  # type: ignore[arg-type]
     assert floor == pytest.approx(3.0, rel=1e-5)
 
 

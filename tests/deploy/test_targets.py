@@ -42,6 +42,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A8": ("W8A8", {"static": "all"}),
     "W4A8": ("W4A8", {"static": "all", "rotate": "none"}),
     "W4A8 grouped": ("W4A8", {"static": "all", "group_size": 16}),
+    "W8A8 grouped": ("W8A8", {"static": "all", "group_size": 16}),
+    "W8A16 grouped": ("W8A16", {"group_size": 16}),
     "W4A16": ("W4A16", {"group_size": 16}),
     "scaled": ("W8A8", {"static": "all", "equalize": "all"}),
     "token": ("W8A8", {}),
@@ -51,7 +53,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 cache": ("W8A8", {"static": "all", "kv_bits": 8}),
     "4-bit table": ("W8A8", {"static": "all", "embedding_bits": 4}),
 }
-PORTABLE = ("W8A8", "W4A8", "W4A8 grouped", "W4A16", "scaled")
+PORTABLE = ("W8A8", "W4A8", "W4A8 grouped", "W8A16 grouped", "W4A16", "scaled")
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,7 @@ def test_padding_on_the_left_is_not_seen(export: Callable[[str, Target], Path]) 
         ("token", r"o_proj has 8-bit weights and an input of 8 bits per token.*--static all"),
         ("token W4A4", r"q_proj .* input of 4 bits per tensor.*--static all"),
         ("int8 cache", r"the checkpoint has 8 bits; quantize with --kv-bits 16"),
+        ("W8A8 grouped", r"8-bit weights in groups of 16 .* without --group-size, or with weights"),
     ],
 )
 def test_what_constant_scales_cannot_say_is_refused(
@@ -296,6 +299,8 @@ def test_grouped_weights_with_static_inputs_are_for_the_portable_graph_alone(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=r"groups of 16 .* export it with --target qdq"):
         make_export(checkpoint("W4A8 grouped"), tmp_path / "onnx", Kernel.AUTO)
+    with pytest.raises(UnsupportedModelError, match="cpu multiplies; quantize without --static"):
+        make_export(checkpoint("W8A8 grouped"), tmp_path / "onnx", Kernel.AUTO)
 
 
 def change_tensor(name: str) -> Callable[[onnx.ModelProto], None]:
