@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -270,8 +271,9 @@ def finetune_command(
         typer.Option(help="ResLoRA shortcut; reslora takes block unless told otherwise."),
     ] = None,
     depth: Annotated[
-        int, typer.Option(help="Previous layers a shortcut reaches; -1 is all of them.")
-    ] = 4,
+        int | None,
+        typer.Option(help="Previous layers a shortcut reaches; -1 is all of them. Default: 4."),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank r of the update.")] = 16,
     alpha: Annotated[
         float | None, typer.Option(help="The update is scaled by alpha / rank. Default: rank.")
@@ -375,13 +377,15 @@ def finetune_command(
 
     if structure is None and method is MethodName.RESLORA:
         structure = StructureName.BLOCK
+    if depth is not None and structure is None:
+        raise ConfigError(f"--depth {depth}: is how far the shortcuts of --structure reach")
     with _bad_values():
         adapter = AdapterConfig(
             rank=rank,
             alpha=float(rank) if alpha is None else alpha,
             dropout=dropout,
             structure=None if structure is None else Structure(structure),
-            depth=depth,
+            depth=4 if depth is None else depth,
             rslora=rslora,
             initialization=parse_initialization(init),
         )
@@ -430,14 +434,15 @@ def finetune_command(
     result = report.to_dict()
     merging = "" if structure in (None, StructureName.BLOCK) else "--merge auto "
     following = (
-        f"rolora merge-rotate-quantize --model {model} --adapter {output} {merging}"
-        "--scheme W8A8 --output ..."
+        f"rolora merge-rotate-quantize --model {_quoted(model)} --adapter {_quoted(output)} "
+        f"{merging}--scheme W8A8 --output ..."
     )
     if start is not None:
-        following = f"rolora pack --model {model} --adapter {output} --output ..."
+        following = f"rolora pack --model {_quoted(model)} --adapter {_quoted(output)} --output ..."
     if task is TaskName.CLASSIFICATION:
         following = (
-            f"rolora evaluate --tasks classification --model {model} --adapter {output} --data ..."
+            f"rolora evaluate --tasks classification --model {_quoted(model)} "
+            f"--adapter {_quoted(output)} --data ..."
         )
     _finish(
         result,
@@ -724,7 +729,7 @@ def merge_rotate_quantize_command(
                 else []
             ),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
-            ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
+            ("next", f"rolora export --format onnx --checkpoint {_quoted(output)} --output ..."),
         ],
     )
 
@@ -757,7 +762,7 @@ def pack_command(
             ("checkpoint", str(output)),
             ("scheme", str(result["scheme"])),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
-            ("next", f"rolora export --format onnx --checkpoint {output} --output ..."),
+            ("next", f"rolora export --format onnx --checkpoint {_quoted(output)} --output ..."),
         ],
     )
 
@@ -806,11 +811,13 @@ def learn_rotation_command(
     as_json: Json = False,
 ) -> None:
     """Learn rotations for the activations of a scheme, for --rotation of the other stages."""
-    from deploy.checkpoint_settings import choose_recipe
+    from deploy.checkpoint_settings import FLOAT_SCHEME, choose_recipe
     from deploy.describe import learning_rows
     from deploy.learn_rotation import LearnRotationSettings, learn_rotation_artifact
     from rolora.learned import LearningSettings, Objective
 
+    if scheme.strip().upper() == FLOAT_SCHEME:
+        raise ConfigError(f"--scheme {scheme}: expected one that rounds activations, such as W4A4")
     with _bad_values():
         recipe = choose_recipe(
             scheme,
@@ -818,8 +825,7 @@ def learn_rotation_command(
             activation_clip=activation_clip,
             static=static,
         )
-    if recipe is None:
-        raise ConfigError(f"--scheme {scheme}: expected one that rounds activations, such as W4A4")
+    assert recipe is not None
     settings = LearnRotationSettings(
         model=model,
         recipe=recipe.in_basis(rotated=True, scaled=False),
@@ -858,8 +864,8 @@ def learn_rotation_command(
             ("peak memory", _megabytes(report.peak_memory_bytes)),
             (
                 "next",
-                f"rolora merge-rotate-quantize --model {model} --scheme {scheme} --rotation "
-                f"{output} --output ...",
+                f"rolora merge-rotate-quantize --model {_quoted(model)} --scheme {scheme} "
+                f"--rotation {_quoted(output)} --output ...",
             ),
         ],
     )
@@ -944,6 +950,7 @@ def export_command(
                 "checkpoint": str(checkpoint),
                 "format": file_format,
             }
+            | ({} if model is None else {"model": model})
             | ({"target": target, "kernel": kernel} if file_format is FormatName.ONNX else {})
             | (
                 {"keep_adapter": {choice.name: str(choice.directory) for choice in keep}}
@@ -1211,7 +1218,8 @@ def demo_command(
     """Run the whole path on SmolLM2-135M: fine-tune, quantize, export, compare, answer."""
     from deploy.demo import DemoSettings, run_demo
 
-    report = run_demo(DemoSettings(steps=steps, threads=threads), output, _log_step)
+    with _bad_values():
+        report = run_demo(DemoSettings(steps=steps, threads=threads), output, _log_step)
     if as_json:
         _print_json(report.to_dict())
         return
@@ -1229,7 +1237,8 @@ def demo_command(
     stdout.print(f"Q: {report.question}\nA: {report.answer}", markup=False)
     stdout.print(f"\nEverything is kept in {output}. Ask it yourself:", markup=False)
     stdout.print(
-        f"  rolora run --model {output}/w8a8/onnx --chat --prompt 'How do magnets work?'",
+        f"  rolora run --model {_quoted(output / 'w8a8' / 'onnx')} --chat --prompt "
+        f"'How do magnets work?'",
         markup=False,
     )
 
@@ -1280,9 +1289,15 @@ def _export_onnx(
         )
     result = report.to_dict()
     parity = result["parity"]
-    following = f"rolora run --model {output} --chat --prompt ..."
+    following = f"rolora run --model {_quoted(output)} --chat --prompt ..."
+    error, bound = parity["hidden_error" if encoder else "prefill_error"], parity["bound"]
     if encoder:
-        following = f"rolora evaluate --tasks classification --model {output} --data ..."
+        classifies = parity["head_error"] is not None
+        command = "evaluate --tasks classification" if classifies else "bench"
+        data = " --data ..." if classifies else ""
+        following = f"rolora {command} --model {_quoted(output)}{data}"
+    elif Kernel(kernel) is Kernel.NBITS:  # which rounds inputs itself, and finer
+        error, bound = parity["float_activation_error"], parity["float_activation_bound"]
     _finish(
         result,
         as_json,
@@ -1295,11 +1310,7 @@ def _export_onnx(
                 if (where := (result["verified_on"] or {}).get("not_run"))
                 else []
             ),
-            (
-                "parity",
-                f"{parity['hidden_error' if encoder else 'prefill_error']:.2e}, "
-                f"bound {parity['bound']:.2e}",
-            ),
+            ("parity", f"{error:.2e}, bound {bound:.2e}"),
             *(
                 (
                     f"adapter {name}",
@@ -1333,7 +1344,7 @@ def _export_compressed(checkpoint: Path, output: Path, as_json: bool) -> None:
             ("as transformers reads it", f"{reader['error']:.2e}, bound {reader['bound']:.2e}"),
             ("to our own scales", f"{reader['scale_choice_error']:.2e}"),
             ("peak memory", _megabytes(report.peak_memory_bytes)),
-            ("next", f"rolora evaluate --model {output} --tasks ppl --data ..."),
+            ("next", f"rolora evaluate --model {_quoted(output)} --tasks ppl --data ..."),
         ],
     )
     if report.needs_transform:
@@ -1431,6 +1442,11 @@ def _finish_table(
 
 def _print_json(result: dict[str, Any]) -> None:
     stdout.out(json.dumps(result, indent=2, default=str), highlight=False)
+
+
+def _quoted(path: Path | str) -> str:
+    """Return a path as a command line takes it."""
+    return shlex.quote(str(path))
 
 
 def _megabytes(count: float) -> str:

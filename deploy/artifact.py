@@ -197,9 +197,16 @@ def library_versions() -> dict[str, str]:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file as 64 hex digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Return the sha256 of a file as 64 hex digits.
+
+    Raises:
+        ArtifactError: The system does not let it be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def hash_sources(sources: Mapping[str, str | None]) -> dict[str, str]:

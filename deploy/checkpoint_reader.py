@@ -312,7 +312,13 @@ def formats_to_details(plans: list[LayerPlan]) -> dict[str, Any]:
 def _formats_from_details(details: Mapping[str, Any], where: Path) -> dict[str, LayerPlan]:
     """Read what `formats_to_details` wrote, also before it knew of the last two fields."""
     formats = {}
-    for fqn, raw in details.get("linears", {}).items():
+    linears = details.get("linears")
+    if not isinstance(linears, dict):
+        raise ArtifactError(
+            f"{where}: the manifest's details must hold `linears`, the format of each, got "
+            f"{linears!r}; write the checkpoint again"
+        )
+    for fqn, raw in linears.items():
         try:
             weight = WeightSpec(raw["weight_bits"], raw["weight_group_size"])
             granularity = Granularity(raw["activation_granularity"])

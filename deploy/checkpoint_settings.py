@@ -15,7 +15,14 @@ from rolora.kv_cache import FLOAT_KV_BITS, check_kv_bits
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationName
-from rolora.scheme import ALL, UNQUANTIZED_BITS, QuantizationRecipe, Scheme, WeightMethod
+from rolora.scheme import (
+    ALL,
+    FLOAT_BITS,
+    UNQUANTIZED_BITS,
+    QuantizationRecipe,
+    Scheme,
+    WeightMethod,
+)
 from rolora.scheme import AUTO as CHOSEN
 
 FLOAT_SCHEME = "FP32"
@@ -102,6 +109,20 @@ def choose_recipe(
         ValueError: The scheme is unknown or a value is out of range.
     """
     if scheme.strip().upper() == FLOAT_SCHEME:
+        given = {
+            "--group-size": group_size is not None,
+            "--activation-clip": activation_clip is not None,
+            "--static": static is not None,
+            "--embedding-bits": embedding_bits not in (8, FLOAT_BITS),
+            "--head-bits": head_bits not in (8, FLOAT_BITS),
+            "--activation-symmetry": asymmetric,
+            "--activation-group-size": activation_group_size is not None,
+        }
+        if unused := [option for option, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"--scheme {FLOAT_SCHEME} rounds nothing: {', '.join(unused)} would do nothing; "
+                f"leave it out, or quantize"
+            )
         if shared_table:
             raise ValueError(
                 f"--share-table: --scheme {FLOAT_SCHEME} leaves embedding and head in float, which "
@@ -215,10 +236,15 @@ class CheckpointSettings:
         """Check what can be checked before a model is loaded.
 
         Raises:
-            ConfigError: Nothing would be quantized, or single linears of an unquantized model.
+            ConfigError: Nothing would be quantized, or single linears of an unquantized model, or
+                there is a way to merge and no adapter.
             ValueError: The bits of the KV cache are not supported.
         """
         check_kv_bits(self.kv_bits)
+        if self.adapter is None and self.merge is not MergeMethod.EXACT:
+            raise ConfigError(
+                f"--merge {self.merge or AUTO} needs --adapter; there is none to merge"
+            )
         float_scheme = Scheme(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
         if self.recipe is None and (self.overrides or self.budget):
             raise ConfigError(

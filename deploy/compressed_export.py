@@ -122,7 +122,7 @@ def export_compressed(
             if isinstance(group, QuantizationScheme)
         }
         with new_artifact(output, needed_bytes=_needed_bytes(checkpoint)) as directory:
-            copy_companions(checkpoint_directory, directory)
+            copy_companions(checkpoint, directory)
             progress("packing weights")
             tensors = _other_tensors(checkpoint, set(scheme.by_linear))
             for fqn, group in scheme.by_linear.items():

@@ -110,10 +110,13 @@ def run_demo(
 
     Raises:
         RoloraError: Whatever a stage refuses.
+        ValueError: The number of steps is out of range.
     """
     adapter = output / "adapter"
-    model = unpack_model(settings.model, output / "model", progress)
-    finetune(_finetune_settings(settings, model), adapter, progress=progress)
+    model = output / "model"
+    training = _finetune_settings(settings, model)
+    unpack_model(settings.model, model, progress)
+    finetune(training, adapter, progress=progress)
     exports: list[tuple[Variant, Path]] = []
     for variant in variants():
         progress(f"== {variant.label} ==")

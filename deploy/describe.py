@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifact import Manifest, read_manifest, verify_files
+from deploy.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,16 @@ def describe_artifact(directory: Path, *, verify: bool) -> Description:
         StageOrderError: The directory is no artifact.
         ArtifactError: The manifest, or a verified file, is damaged.
     """
-    return Description(directory, verify_files(directory) if verify else read_manifest(directory))
+    manifest = verify_files(directory) if verify else read_manifest(directory)
+    description = Description(directory, manifest)
+    try:
+        description.summary()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{directory}: its manifest's details are not as rolora writes them ({error!r}); make "
+            f"the artifact again"
+        ) from error
+    return description
 
 
 def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str]]:

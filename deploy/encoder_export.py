@@ -84,7 +84,7 @@ def export_encoder(
             builder = PortableEncoderGraph if form.kernel is Kernel.QDQ else EncoderGraph
             model = builder(checkpoint, form).build()
             save_graph(model, directory / GRAPH_NAME)
-            copy_companions(checkpoint_directory, directory)
+            copy_companions(checkpoint, directory)
             progress("checking parity with the torch reference")
             verification = verify_on(target)
             batch = parity_batch(checkpoint)

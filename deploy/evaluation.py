@@ -58,11 +58,12 @@ class EvaluationSettings:
         """Check what can be checked before a model is loaded.
 
         Raises:
-            ConfigError: A limit is out of range, kl has no reference, or the data are of a kind
+            ConfigError: A number is out of range, kl has no reference, or the data are of a kind
                 that a task cannot use.
         """
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit: expected at least 1, got {self.limit}")
+        for option, number in (("--limit", self.limit), ("--threads", self.threads)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{option}: expected at least 1, got {number}")
         if Task.KL in self.tasks and self.reference is None:
             raise ConfigError("task kl compares with a reference: give --reference")
         is_directory = self.data is not None and Path(self.data).is_dir()

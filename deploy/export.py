@@ -39,7 +39,7 @@ from deploy.artifact import (
 )
 from deploy.base_norms import base_norm_gains
 from deploy.checkpoint import Checkpoint
-from deploy.checkpoint_reader import WEIGHTS_NAME
+from deploy.checkpoint_reader import WEIGHTS_NAME, AnyCheckpoint
 from deploy.conventions import context_length
 from deploy.cuda_operators import require_cuda_kernels
 from deploy.decoder_graph import DecoderGraph, linear_products
@@ -161,7 +161,7 @@ def export_onnx(
                 arrays = adapter_arrays(adapter.factors, products, checkpoint)
                 write_adapter_file(directory / adapter.file, arrays)
             write_genai_config(checkpoint, forms, directory)
-            copy_companions(checkpoint_directory, directory)
+            copy_companions(checkpoint, directory)
             checks = check_export(checkpoint, directory, forms, progress)
             details = onnx_details(checkpoint.manifest, forms, operators, domains, context)
             if adapters:
@@ -362,13 +362,16 @@ def save_graph(model: ir.Model, path: Path, *, with_data: bool = True) -> None:
     )
 
 
-def copy_companions(checkpoint_directory: Path, directory: Path) -> None:
-    """Copy what an export takes over from its checkpoint: the tokenizer's files and configs."""
-    for path in sorted(checkpoint_directory.rglob("*")):
-        if path.is_file() and path.name not in _NOT_COPIED:
-            copy = directory / path.relative_to(checkpoint_directory)
-            copy.parent.mkdir(exist_ok=True)  # additional_chat_templates
-            shutil.copyfile(path, copy)
+def copy_companions(checkpoint: AnyCheckpoint, directory: Path) -> None:
+    """Copy what an export takes over from its checkpoint: the tokenizer's files and configs.
+
+    Whatever else lies in the checkpoint's directory, such as an export, is not its own.
+    """
+    for name in sorted(checkpoint.manifest.files):
+        copy = directory / name
+        if copy.name not in _NOT_COPIED:
+            copy.parent.mkdir(parents=True, exist_ok=True)  # additional_chat_templates
+            shutil.copyfile(checkpoint.directory / name, copy)
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:

@@ -37,7 +37,7 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.checkpoint import Checkpoint
-from deploy.errors import ConfigError, UnsupportedModelError
+from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.finetune_tasks import TrainingTask, read_task_rows
 from deploy.loading import LoadedModel
 from deploy.quantized_training import (
@@ -51,6 +51,7 @@ from deploy.quantized_training import (
 )
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
+from deploy.staging import flush, full_disk_named, require_writable
 from deploy.stored_rotation import StoredRotation, open_rotation
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters
@@ -103,11 +104,23 @@ class FinetuneSettings:
 
         Raises:
             ConfigError: reslora without a structure, lora with one, rolora or a start for an
-                encoder, or a rotation without rolora or beside the kind, seed or start of another.
+                encoder, a rotation, its kind or its seed without rolora, a rotation beside the
+                kind, seed or start of another, or something to learn from without a start.
         """
         if self.start is not None and self.task is TrainingTask.CLASSIFICATION:
             raise ConfigError(
                 "--start trains decoders only: encoders are not quantized; leave it out"
+            )
+        if self.start is None and self.learn_from is not LearnFrom.TEACHER:
+            raise ConfigError(
+                f"--learn-from {self.learn_from}: is for training inside a checkpoint's rounding; "
+                f"name it with --start, or leave this out"
+            )
+        drawn = (self.rotation_kind, self.rotation_seed) != (RotationKind.HADAMARD, 0)
+        if drawn and self.method is not Method.ROLORA:
+            raise ConfigError(
+                f"--rotation-kind, --rotation-seed: --method {self.method} trains in the model's "
+                f"own basis; use --method rolora, or leave them out"
             )
         if self.rotation is not None:
             if self.method is not Method.ROLORA:
@@ -119,7 +132,7 @@ class FinetuneSettings:
                 raise ConfigError(
                     f"--start {self.start} brings its own rotation; leave --rotation out"
                 )
-            if (self.rotation_kind, self.rotation_seed) != (RotationKind.HADAMARD, 0):
+            if drawn:
                 raise ConfigError(
                     f"--rotation {self.rotation} is a whole rotation; leave --rotation-kind and "
                     f"--rotation-seed out"
@@ -201,6 +214,9 @@ def finetune(
     wanted = Manifest(ArtifactKind.ADAPTER, parents, settings.to_config(), library_versions())
     if done := finished_artifact(output, wanted, progress):
         return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
+    require_writable(output)
+    if tensorboard is not None:
+        require_writable(tensorboard / "events")
     targets = rows.targets(loaded.model.config, settings.targets)
     checkpoints = output.with_name(f"{output.name}.training")
     try:
@@ -211,15 +227,16 @@ def finetune(
         _claim_checkpoints(checkpoints, _basis(parents, settings, stored), resume=resume)
         progress(f"training on {rows.count} examples")
         data = rows.data(loaded, settings.training)
-        training = train_adapter(
-            prepared.model,
-            data,
-            settings.training,
-            checkpoints,
-            resume,
-            tensorboard=tensorboard,
-            extension=prepared.extension,
-        )
+        with full_disk_named(checkpoints):
+            training = train_adapter(
+                prepared.model,
+                data,
+                settings.training,
+                checkpoints,
+                resume,
+                tensorboard=tensorboard,
+                extension=prepared.extension,
+            )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
     if _process_rank() != 0:
@@ -261,13 +278,14 @@ def _claim_checkpoints(directory: Path, basis: Mapping[str, Any], *, resume: boo
 
     Raises:
         ConfigError: The checkpoints to resume from were made with another model or rotation.
+        ArtifactError: What says so is damaged.
         ValueError: A new run would lie over the checkpoints of another.
     """
     if not resume:
         refuse_existing(directory)
     marker = directory / BASIS_FILE
     if resume and marker.is_file():
-        noted: Any = json.loads(marker.read_text(encoding="utf-8"))
+        noted = _read_basis(marker)
         differing = [
             f"{key}: {noted.get(key)} then, {basis[key]} now"
             for key in basis
@@ -281,7 +299,23 @@ def _claim_checkpoints(directory: Path, basis: Mapping[str, Any], *, resume: boo
             )
     elif _process_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(dict(basis), indent=2) + "\n", encoding="utf-8")
+        unfinished = marker.with_suffix(".partial")
+        unfinished.write_text(json.dumps(dict(basis), indent=2) + "\n", encoding="utf-8")
+        flush(unfinished)
+        unfinished.rename(marker)
+
+
+def _read_basis(marker: Path) -> Mapping[str, Any]:
+    try:
+        noted: Any = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        noted = error
+    if not isinstance(noted, dict):
+        raise ArtifactError(
+            f"{marker}: expected what its checkpoints were trained on, as a JSON object, got "
+            f"{noted!r}; remove {marker.parent} and start anew"
+        )
+    return noted
 
 
 @dataclass(frozen=True)

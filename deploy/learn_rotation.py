@@ -32,6 +32,7 @@ from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
 from deploy.loading import load_model
 from deploy.memory import peak_memory_bytes
 from deploy.rotation_file import save_rotation
+from deploy.staging import require_writable
 from rolora.decoder import DecoderNames
 from rolora.fold import fold_norm_gains, untie_head
 from rolora.learned import LearningSettings, compare_starts, learn_rotation
@@ -138,6 +139,7 @@ def learn_rotation_artifact(
     wanted = Manifest(ArtifactKind.ROTATION, parents, settings.to_config(), library_versions())
     if done := finished_artifact(output, wanted, progress):
         return LearnRotationReport(output, done, peak_memory_bytes())
+    require_writable(output)
     names = decoder_names(loaded.model.config)
     if conventions(loaded.model.config).logit_cap is not None:
         raise UnsupportedModelError(

@@ -94,6 +94,8 @@ class MergeSettings:
         faults = []
         if self.adapter is None and self.to is Destination.ADAPTER:
             faults.append("--to adapter needs --adapter")
+        elif self.adapter is None and (self.merge, self.calibration) != (MergeMethod.EXACT, None):
+            faults.append("--merge and --calibration need --adapter; there is none to merge")
         if self.rank is not None and self.to is Destination.MODEL:
             faults.append("--rank is for --to adapter; a model has no rank")
         if self.rank is not None and self.rank < 1:

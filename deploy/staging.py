@@ -50,18 +50,48 @@ def staged_directory(output: Path, needed_bytes: int | None = None) -> Iterator[
             _remove_stale(output)
             if needed_bytes is not None:
                 require_free_space(output, needed_bytes)
-            with _locked_sibling(output) as partial:
+            with full_disk_named(output, needed_bytes), _locked_sibling(output) as partial:
                 yield partial
                 _flush_tree(partial)
                 _refuse_existing(output)
                 partial.rename(output)
                 flush(output.parent)
-        except Exception as error:
-            if _is_disk_full(error):
-                raise ArtifactError(_disk_full_message(output, needed_bytes)) from error
-            raise
         finally:
             _remove_empty(made_parents)
+
+
+def require_writable(output: Path) -> None:
+    """Refuse, before long work, a path where no directory can be made. It leaves nothing there.
+
+    Raises:
+        ConfigError: The system refuses.
+    """
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link
+    made_parents = _make_parents(output)
+    try:
+        with _locked_sibling(output):
+            pass
+    finally:
+        _remove_empty(made_parents)
+
+
+@contextmanager
+def full_disk_named(output: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn the many errors of a full disk inside the block into one that says so.
+
+    Args:
+        output: What is written; its parent exists.
+        needed_bytes: Expected size, for the message.
+
+    Raises:
+        ArtifactError: The disk became too full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_disk_full(error):
+            raise ArtifactError(_disk_full_message(output, needed_bytes)) from error
+        raise
 
 
 def _refuse_existing(output: Path) -> None:

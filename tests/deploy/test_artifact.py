@@ -16,6 +16,7 @@ from deploy.artifact import (
     FileRecord,
     Manifest,
     finished_artifact,
+    hash_file,
     is_artifact,
     library_versions,
     new_artifact,
@@ -250,3 +251,8 @@ def test_a_stage_that_forgets_the_manifest_leaves_nothing(tmp_path: Path) -> Non
     ):
         (directory / "weights.bin").write_bytes(b"1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_the_system_does_not_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"{tmp_path}: cannot be read \(Is a directory\)"):
+        hash_file(tmp_path)

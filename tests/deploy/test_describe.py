@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from deploy.artifact import MANIFEST_NAME
+from deploy.checkpoint import Checkpoint
 from deploy.describe import describe_artifact, merge_rows, training_rows
 from deploy.errors import ArtifactError, ConfigError, StageOrderError
 from deploy.finetune import SUMMARY_FILE, finetune
@@ -109,6 +112,20 @@ def test_only_verify_reads_the_files(base: Path, tmp_path: Path) -> None:
     describe_artifact(copy, verify=False)
     with pytest.raises(ArtifactError, match=r"adapter_model.safetensors: expected"):
         describe_artifact(copy, verify=True)
+
+
+def test_details_that_are_not_ours_are_damage(base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base / "checkpoint", copy)
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    manifest["details"]["rotation"] = 3
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="manifest's details are not as rolora writes them"):
+        describe_artifact(copy, verify=False)
+    manifest["details"] = {}
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="must hold `linears`, the format of each, got None"):
+        Checkpoint(copy)
 
 
 def test_what_is_no_artifact_is_refused(base: Path) -> None:

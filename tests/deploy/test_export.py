@@ -64,6 +64,19 @@ def test_named_chat_templates_travel_with_the_tokenizer(tmp_path: Path) -> None:
     assert named.as_posix() in read_manifest(tmp_path / "onnx").files
 
 
+def test_what_else_lies_in_the_checkpoint_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, source)
+    make_export(source, source / "onnx")
+    (source / "onnx" / "deep" / "er").mkdir(parents=True)
+    (source / "onnx" / "deep" / "er" / "notes.txt").write_text("mine")
+    make_export(source, tmp_path / "again")
+    for export in (source / "onnx", tmp_path / "again"):
+        listed = set(read_manifest(export).files)
+        assert listed == set(read_manifest(tmp_path / "again").files)
+        assert not any("/" in name or "partial" in name for name in listed)
+
+
 def test_inputs_and_outputs_have_the_names_that_genai_expects(
     checkpoint: Path, tmp_path: Path
 ) -> None:

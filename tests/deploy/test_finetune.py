@@ -12,8 +12,8 @@ import deploy.finetune
 from deploy.adapter_artifact import open_adapter
 from deploy.architecture import decoder_names
 from deploy.artifact import hash_file, read_manifest, verify_files
-from deploy.errors import ConfigError, UnsupportedModelError
-from deploy.finetune import SUMMARY_FILE, FinetuneSettings, Method, finetune
+from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
+from deploy.finetune import BASIS_FILE, SUMMARY_FILE, FinetuneSettings, Method, finetune
 from deploy.loading import load_model
 from reslora.config import AdapterConfig, Structure
 from reslora.train_report import OF_THIS_PROCESS
@@ -133,6 +133,43 @@ def test_a_resumed_run_gives_the_same_artifact(
     assert resumed is not None
     assert resumed.to_dict()["training"]["resumed_from_step"] == 2
     assert resumed.manifest.digest == whole.manifest.digest
+
+
+@pytest.mark.parametrize("noted", ["", "[1]", "{"])
+def test_a_damaged_note_of_what_checkpoints_belong_to_is_named(
+    noted: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "out.training" / BASIS_FILE
+    marker.parent.mkdir()
+    marker.write_text(noted)
+    settings = finetune_settings(model, data, "lora")
+    with pytest.raises(ArtifactError, match=rf"{BASIS_FILE}: expected what its checkpoints were"):
+        finetune(settings, tmp_path / "out", resume=True)
+    assert marker.read_text() == noted
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy.finetune, "train_adapter", None)  # must not be called
+    settings = finetune_settings(model, data, "lora")
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(ConfigError, match=r"output .*out: cannot make"):
+            finetune(settings, output)
+    with pytest.raises(ConfigError, match="cannot make"):
+        finetune(settings, tmp_path / "out", tensorboard=tmp_path / "file" / "curves")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "file"]
+
+
+def test_a_disk_that_fills_up_while_training_is_named(
+    model: Path, data: Path, small_disk: Path
+) -> None:
+    settings = finetune_settings(model, data, "lora", save_every=1)
+    wide = replace(settings, adapter=AdapterConfig(rank=256), targets="all")
+    with pytest.raises(ArtifactError, match=r"output .*out.training: the disk is full"):
+        finetune(wide, small_disk / "out")
+    assert not (small_disk / "out").exists()
 
 
 def test_checkpoints_belong_to_one_model_and_one_rotation(

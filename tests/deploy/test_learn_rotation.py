@@ -106,6 +106,14 @@ def test_the_manifest_tells_how_it_was_learned(model: Path, rotation: Path) -> N
     assert open_rotation(rotation).plan.names == DEFAULT_ROTATIONS
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_learning(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy.learn_rotation, "learn_rotation", None)  # must not be called
+    with pytest.raises(ConfigError, match=r"output /proc/out: cannot make"):
+        learn_rotation_artifact(settings_of(model), Path("/proc/out"))
+
+
 def test_another_text_in_the_same_file_is_another_run(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one two three four five. " * 40, encoding="utf-8")

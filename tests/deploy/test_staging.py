@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from deploy.errors import ArtifactError, ConfigError
-from deploy.staging import require_free_space, staged_directory
+from deploy.staging import require_free_space, require_writable, staged_directory
 
 WRITER = """
 import signal, sys, time
@@ -123,6 +122,19 @@ def test_a_place_where_nothing_can_be_made_is_a_config_error(tmp_path: Path) -> 
         pytest.fail("entered")
 
 
+def test_a_place_is_tried_before_long_work_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out").mkdir()
+    for name in ("new", "a/b/new", "out"):  # whether the output may be there is not asked
+        require_writable(tmp_path / name)
+    for name in ("file/new", "file/a/new"):
+        with pytest.raises(ConfigError, match=r"output .*new: cannot make"):
+            require_writable(tmp_path / name)
+    with pytest.raises(ConfigError, match="cannot make"):
+        require_writable(Path("/proc/new"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out"}
+
+
 def test_sigterm_and_sighup_clean_up_and_tell_the_shell(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # not as nohup leaves it
@@ -207,22 +219,6 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path) 
         pytest.fail("entered")
     assert list(tmp_path.iterdir()) == []
     require_free_space(tmp_path / "out", needed_bytes=1)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(mount, check=False, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_up_is_named_and_left_clean(small_disk: Path) -> None:
