@@ -214,9 +214,10 @@ def finetune(
     wanted = Manifest(ArtifactKind.ADAPTER, parents, settings.to_config(), library_versions())
     if done := finished_artifact(output, wanted, progress):
         return FinetuneReport(output, done, {}) if _process_rank() == 0 else None
-    require_writable(output)
-    if tensorboard is not None:
-        require_writable(tensorboard / "events")
+    if _process_rank() == 0:  # one of several would remove the parents that another has made
+        require_writable(output)
+        if tensorboard is not None:
+            require_writable(tensorboard / "events")
     targets = rows.targets(loaded.model.config, settings.targets)
     checkpoints = output.with_name(f"{output.name}.training")
     try:
