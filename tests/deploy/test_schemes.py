@@ -23,6 +23,7 @@ from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.export import DATA_NAME
 from deploy.kernels import Kernel
 from deploy.session import GRAPH_NAME, HEAD_NAME, PROMPT_NAME, TOKEN_NAME
+from reslora.merge import MergeMethod
 from rolora.linear import InputQuantizedLinear, QuantizedLinear
 from rolora.mixed_precision import Budget
 from rolora.overrides import Override
@@ -189,7 +190,7 @@ def test_the_manifest_says_what_was_chosen_and_why(model: Path, tmp_path: Path) 
 def test_settings_that_quantize_nothing_are_refused(scheme: str, options: Any, said: str) -> None:
     recipe = choose_recipe(scheme)
     with pytest.raises(ConfigError, match=said):
-        CheckpointSettings("model", None, None, None, recipe, None, **options)
+        CheckpointSettings("model", None, MergeMethod.EXACT, None, recipe, None, **options)
 
 
 def test_an_override_that_cannot_be_followed_is_the_users_fault(
