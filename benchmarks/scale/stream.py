@@ -30,6 +30,7 @@ from deploy.checkpoint_reader import WEIGHTS_NAME
 from deploy.checkpoint_settings import CheckpointSettings, choose_recipe
 from deploy.merge_rotate_quantize import merge_rotate_quantize
 from deploy.part_store import RECORD_NAME, progress_directory
+from reslora.merge import MergeMethod
 
 
 def run_stage(arguments: argparse.Namespace, output: Path) -> None:
@@ -37,7 +38,7 @@ def run_stage(arguments: argparse.Namespace, output: Path) -> None:
     settings = CheckpointSettings(
         model=str(arguments.model),
         adapter=None,
-        merge=None,
+        merge=MergeMethod.EXACT,
         rotation=None,
         recipe=choose_recipe(arguments.scheme, weights=arguments.weights),
         calibration=None,
