@@ -127,24 +127,20 @@ def check_parity(
     """
     exact = check_exact_weights(checkpoint, directory, forms)
     prompt = prompt_length(len(ids))
+    name = None if adapter is None else adapter.name
+    found = _graph_logits(directory, ids, prompt, provider, name)
     model = checkpoint.load_model(on_call=True)
     by_nbits = [form.kernel is Kernel.NBITS for form in forms if not form.head_only]
     without = None if adapter is None else torch_logits(model, ids)
     with nullcontext() if adapter is None else active_adapter(model, adapter):
         expected = torch_logits(model, ids)
         float_logits = float_activation_logits(model, ids) if any(by_nbits) else None
-    name = None if adapter is None else adapter.name
-    with OnnxDecoder(directory, provider=provider, adapter=name) as decoder:
-        decoder.start(capacity=len(ids))
-        prefill = decoder.append(ids[None, :prompt])[0]
-        steps = [decoder.append(ids[None, i : i + 1])[0] for i in range(prompt, len(ids))]
-    decode = np.concatenate(steps) if steps else prefill[:0]
-    found = np.concatenate([prefill, decode])
-    prefill_error = relative_error(prefill, expected[:prompt])
-    decode_error = relative_error(decode, expected[prompt:]) if len(decode) else 0.0
-    errors = [prefill_error] * (not all(by_nbits)) + [decode_error] * (not any(by_nbits))
-    embedding, generator = checkpoint.names.embedding, torch.Generator().manual_seed(0)
-    with nullcontext() if adapter is None else active_adapter(model, adapter):
+        prefill_error = relative_error(found[:prompt], expected[:prompt])
+        decode_error = 0.0
+        if prompt < len(ids):
+            decode_error = relative_error(found[prompt:], expected[prompt:])
+        errors = [prefill_error] * (not all(by_nbits)) + [decode_error] * (not any(by_nbits))
+        embedding, generator = checkpoint.names.embedding, torch.Generator().manual_seed(0)
         floor = noise_floor(model, embedding, ids, expected, generator, DRAWS, perturbation)
         if not _are_within(errors, _bound(floor)):
             more = noise_floor(model, embedding, ids, expected, generator, MORE_DRAWS, perturbation)
@@ -170,6 +166,17 @@ def check_parity(
     )
     _hold_to_bounds(report, errors)
     return report
+
+
+def _graph_logits(
+    directory: Path, ids: np.ndarray, prompt: int, provider: str | None, adapter: str | None
+) -> np.ndarray:
+    """Return the logits of a prompt and of the tokens behind it, one by one, float32 [T, V]."""
+    with OnnxDecoder(directory, provider=provider, adapter=adapter) as decoder:
+        decoder.start(capacity=len(ids))
+        parts = [decoder.append(ids[None, :prompt])[0]]
+        parts += [decoder.append(ids[None, i : i + 1])[0] for i in range(prompt, len(ids))]
+    return np.concatenate(parts)
 
 
 def prompt_length(tokens: int) -> int:
