@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from deploy.artifact import ArtifactKind, Manifest, read_manifest, verify_files
 from deploy.errors import ArtifactError
-from deploy.weights_on_call import read_on_call
+from deploy.weights_on_call import held, read_on_call
 from rolora.blocks import BlockStack
 from rolora.kronecker import Rotation
 from rolora.layer_plan import LayerPlan
@@ -237,18 +237,12 @@ class CheckpointReader(Generic[Names]):
             model: From `put_integers`.
             fqns: Of quantized linears; others are left as they are.
         """
-        absent = {}
-        for fqn in fqns:
-            module = model.get_submodule(fqn)
-            if isinstance(module, QuantizedLinear | InputQuantizedLinear) and module.weight.is_meta:
-                absent[module] = module.weight, self._weight(self.linear(fqn))
-        try:
-            for module, (_, weight) in absent.items():
-                module.weight = weight
+        with ExitStack() as blocks:
+            for fqn in fqns:
+                module = model.get_submodule(fqn)
+                if isinstance(module, QuantizedLinear | InputQuantizedLinear):
+                    blocks.enter_context(held(module, partial(self._weight, self.linear(fqn))))
             yield
-        finally:
-            for module, (nothing, _) in absent.items():
-                module.weight = nothing
 
     def _tensor(self, key: str) -> Tensor:
         return torch.from_numpy(self.array(key))

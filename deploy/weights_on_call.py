@@ -6,7 +6,8 @@ large linears reads its weight from the checkpoint when it is called and forgets
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,3 +39,24 @@ def read_on_call(
 
     module.register_forward_pre_hook(bring)
     module.register_forward_hook(forget, always_call=True)
+
+
+@contextmanager
+def held(
+    module: QuantizedLinear | InputQuantizedLinear, read: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Have a linear's weight in memory inside the block, if it is read on call.
+
+    Args:
+        module: A linear; one that has its weight keeps it.
+        read: Returns the weight.
+    """
+    absent = module.weight
+    if not absent.is_meta:
+        yield
+        return
+    module.weight = read()
+    try:
+        yield
+    finally:
+        module.weight = absent
