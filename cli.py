@@ -811,12 +811,12 @@ def learn_rotation_command(
     as_json: Json = False,
 ) -> None:
     """Learn rotations for the activations of a scheme, for --rotation of the other stages."""
-    from deploy.checkpoint_settings import FLOAT_SCHEME, choose_recipe
+    from deploy.checkpoint_settings import choose_recipe, is_float
     from deploy.describe import learning_rows
     from deploy.learn_rotation import LearnRotationSettings, learn_rotation_artifact
     from rolora.learned import LearningSettings, Objective
 
-    if scheme.strip().upper() == FLOAT_SCHEME:
+    if is_float(scheme):
         raise ConfigError(f"--scheme {scheme}: expected one that rounds activations, such as W4A4")
     with _bad_values():
         recipe = choose_recipe(

@@ -73,6 +73,11 @@ def parse_rotation(
     return RotationChoice(frozenset(RotationName(word) for word in words), kind, seed)
 
 
+def is_float(scheme: str) -> bool:
+    """Return whether a scheme merges and rotates only."""
+    return scheme.strip().upper() == FLOAT_SCHEME
+
+
 def choose_recipe(
     scheme: str,
     *,
@@ -108,7 +113,7 @@ def choose_recipe(
     Raises:
         ValueError: The scheme is unknown or a value is out of range.
     """
-    if scheme.strip().upper() == FLOAT_SCHEME:
+    if is_float(scheme):
         given = {
             "--group-size": group_size is not None,
             "--activation-clip": activation_clip is not None,
