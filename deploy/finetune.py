@@ -37,7 +37,7 @@ from deploy.artifact import (
     write_manifest,
 )
 from deploy.checkpoint import Checkpoint
-from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
+from deploy.errors import ConfigError, UnsupportedModelError
 from deploy.finetune_tasks import TrainingTask, read_task_rows
 from deploy.loading import LoadedModel
 from deploy.quantized_training import (
@@ -51,11 +51,11 @@ from deploy.quantized_training import (
 )
 from deploy.rotate import rotate_model
 from deploy.rotation_file import save_rotation
-from deploy.staging import flush, full_disk_named, require_writable
+from deploy.staging import full_disk_named, require_writable
 from deploy.stored_rotation import StoredRotation, open_rotation
+from deploy.training_basis import claim_checkpoints
 from reslora.adapter import save_adapter
 from reslora.attach import attach_adapters
-from reslora.checkpoints import refuse_existing
 from reslora.config import AdapterConfig
 from reslora.settings import Precision, TrainSettings
 from reslora.train import train_adapter
@@ -66,8 +66,6 @@ from rolora.online import install_online_rotations
 from rolora.rotation import RotationKind, RotationPlan
 
 SUMMARY_FILE = "training_summary.json"
-BASIS_FILE = "basis.json"
-"""Beside training checkpoints: the weights they were trained on."""
 
 
 class Method(StrEnum):
@@ -225,7 +223,8 @@ def finetune(
             prepared = _prepare(loaded, settings, targets, rows.head, stored)
         else:
             prepared = _prepare_aware(loaded, settings, targets, start)
-        _claim_checkpoints(checkpoints, _basis(parents, settings, stored), resume=resume)
+        basis = _basis(parents, settings, stored)
+        claim_checkpoints(checkpoints, basis, resume=resume, notes=_process_rank() == 0)
         progress(f"training on {rows.count} examples")
         data = rows.data(loaded, settings.training)
         with full_disk_named(checkpoints):
@@ -272,51 +271,6 @@ def _basis(
         "rotation_seed": settings.rotation_seed if rotated else None,
         "rotation": None if stored is None else stored.plan.digest,
     }
-
-
-def _claim_checkpoints(directory: Path, basis: Mapping[str, Any], *, resume: bool) -> None:
-    """Note the weights that training checkpoints belong to; refuse those of others.
-
-    Raises:
-        ConfigError: The checkpoints to resume from were made with another model or rotation.
-        ArtifactError: What says so is damaged.
-        ValueError: A new run would lie over the checkpoints of another.
-    """
-    if not resume:
-        refuse_existing(directory)
-    marker = directory / BASIS_FILE
-    if resume and marker.is_file():
-        noted = _read_basis(marker)
-        differing = [
-            f"{key}: {noted.get(key)} then, {basis[key]} now"
-            for key in basis
-            if noted.get(key) != basis[key]
-        ]
-        if differing:
-            raise ConfigError(
-                f"{directory}: its checkpoints were made with other weights: "
-                f"{'; '.join(differing)}; give that model, method and rotation, or remove the "
-                "directory and start anew"
-            )
-    elif _process_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        unfinished = marker.with_suffix(".partial")
-        unfinished.write_text(json.dumps(dict(basis), indent=2) + "\n", encoding="utf-8")
-        flush(unfinished)
-        unfinished.rename(marker)
-
-
-def _read_basis(marker: Path) -> Mapping[str, Any]:
-    try:
-        noted: Any = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        noted = error
-    if not isinstance(noted, dict):
-        raise ArtifactError(
-            f"{marker}: expected what its checkpoints were trained on, as a JSON object, got "
-            f"{noted!r}; remove {marker.parent} and start anew"
-        )
-    return noted
 
 
 @dataclass(frozen=True)

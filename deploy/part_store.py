@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deploy.artifact import FileRecord, hash_file
 from deploy.errors import ArtifactError, ConfigError
-from deploy.staging import flush, try_lock
+from deploy.staging import flush, try_lock, write_whole
 
 RECORD_NAME = "progress.json"
 _OURS = (RECORD_NAME, "*.safetensors", "*.new")
@@ -120,11 +120,7 @@ class PartStore:
             "parts": [asdict(part) for part in self.parts],
             "states": None if self._states is None else asdict(self._states),
         }
-        new = self.directory / f"{RECORD_NAME}.new"
-        new.write_text(json.dumps(record), encoding="utf-8")
-        flush(new)
-        new.rename(self.directory / RECORD_NAME)
-        flush(self.directory)
+        write_whole(self.directory / RECORD_NAME, json.dumps(record))
 
     def read(self) -> None:
         """Take over what an earlier process finished.

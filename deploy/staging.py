@@ -205,6 +205,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that has its name only when all of it is on the disk."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    flush(new)
+    new.rename(path)
+    flush(path.parent)
+
+
 @contextmanager
 def _signals_as_exit() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into SystemExit, unless someone else already handles them."""

@@ -64,7 +64,7 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{directory}: has no {CONFIG_NAME}, so it is no model directory")
-    return _read_json_object(path)
+    return read_json_object(path)
 
 
 def find_weight_files(directory: Path) -> list[Path]:
@@ -130,7 +130,12 @@ def name_some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(ordered[:limit]) + more
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file of one JSON object.
+
+    Raises:
+        ArtifactError: It cannot be read, is no JSON, or no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -141,7 +146,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _read_weight_map(index: Path) -> Mapping[str, str]:
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ArtifactError(f"{index}: expected an object weight_map, got {weight_map!r}")
     for tensor, shard in weight_map.items():

@@ -13,8 +13,9 @@ from deploy.adapter_artifact import open_adapter
 from deploy.architecture import decoder_names
 from deploy.artifact import hash_file, read_manifest, verify_files
 from deploy.errors import ArtifactError, ConfigError, UnsupportedModelError
-from deploy.finetune import BASIS_FILE, SUMMARY_FILE, FinetuneSettings, Method, finetune
+from deploy.finetune import SUMMARY_FILE, FinetuneSettings, Method, finetune
 from deploy.loading import load_model
+from deploy.training_basis import BASIS_FILE
 from reslora.config import AdapterConfig, Structure
 from reslora.train_report import OF_THIS_PROCESS
 from rolora.rotation import DEFAULT_ROTATIONS, RotationKind, RotationPlan
