@@ -12,6 +12,10 @@ float cache            the operator applies the rotary embedding itself; R3 woul
 
                        TensorScatter puts the new integers into the cache, in place where past and
                        present are one buffer
+
+On a CPU the operator computes scores by blocks, unless it is given sinks. It is faster without
+blocks, so single tokens get sinks that change nothing (`WholeScores`). Prompts have both forms
+under an If, since their scores can take much memory.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from rolora.decoder import BlockNames
 from rolora.kv_cache import FLOAT_KV_BITS
 
 INTEGER_CACHE_BITS = 8
+PRESENT = ("_present_key", "_present_value")
+"""Suffixes of the operator's outputs behind the first."""
 
 
 def cache_dtype(checkpoint: Checkpoint, float_type: ir.DataType) -> ir.DataType:
@@ -121,29 +127,46 @@ def _group_query_attention(
 ) -> tuple[ir.Value, ...]:
     """Add the operator; returns result, present key and present value."""
     names, computed = checkpoint.names, conventions(checkpoint.config)
-    inputs = [*heads_and_past, shared.seqlens_k, shared.total_length, *tables]
-    attributes: dict[str, str | int | float] = {}
+    first = [*heads_and_past, shared.seqlens_k, shared.total_length, *tables]
+    attributes: dict[str, str | int | float] = {
+        "num_heads": names.num_heads,
+        "kv_num_heads": names.num_key_value_heads,
+        "scale": computed.attention_scale,
+        "do_rotary": int(tables[0] is not None),
+        "rotary_interleaved": 0,
+        "local_window_size": -1 if layer.window is None else layer.window,
+    }
     if computed.attention_cap is not None:
         attributes["softcap"] = float(computed.attention_cap)
     if cache_scales:
-        inputs += [None, None, None, *cache_scales]
         attributes |= {
             "kv_cache_bit_width": checkpoint.kv_bits,
             "k_quant_type": "PER_CHANNEL",
             "v_quant_type": "PER_CHANNEL",
         }
-    return graph.node(
+
+    def inputs(sink: ir.Value | None) -> list[ir.Value | None]:
+        last = [sink, *cache_scales]
+        return first if last == [None] else [*first, None, None, *last]
+
+    whole, name = shared.whole_scores, f"{prefix}/GroupQueryAttention"
+    if whole is None or whole.few is None:
+        return graph.node(
+            "GroupQueryAttention",
+            inputs(None if whole is None else whole.no_sink),
+            name,
+            domain=MICROSOFT,
+            outputs=("", *PRESENT),
+            **attributes,
+        )
+    cache = ir.DataType.INT8 if cache_scales else ir.DataType.FLOAT
+    return graph.choice(
+        whole.few,
         "GroupQueryAttention",
-        inputs,
-        f"{prefix}/GroupQueryAttention",
+        {"whole": inputs(whole.no_sink), "tiled": inputs(None)},
+        name,
         domain=MICROSOFT,
-        outputs=("", "_present_key", "_present_value"),
-        num_heads=names.num_heads,
-        kv_num_heads=names.num_key_value_heads,
-        scale=computed.attention_scale,
-        do_rotary=int(tables[0] is not None),
-        rotary_interleaved=0,
-        local_window_size=-1 if layer.window is None else layer.window,
+        outputs={"": ir.DataType.FLOAT} | dict.fromkeys(PRESENT, cache),
         **attributes,
     )
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from deploy.adapter_ops import adapter_branch
 from deploy.architecture import QueryKeyNorms, qk_norms
-from deploy.attention_inputs import AttentionInputs, attention_inputs, last_hidden
+from deploy.attention_inputs import AttentionInputs, Scores, attention_inputs, last_hidden
 from deploy.attention_ops import attention_node, cache_dtype, has_rotary_nodes
 from deploy.checkpoint import Checkpoint
 from deploy.checkpoint_ops import CheckpointOps
@@ -29,7 +29,8 @@ from deploy.graph_builder import MICROSOFT, GraphBuilder, graph_value, name_outp
 from deploy.input_ops import QuantizedInput
 from deploy.kernels import ONE_INTEGER_GRAPH, GraphForm
 from deploy.linear_ops import packed_name
-from deploy.session import HIDDEN_NAME
+from deploy.session import HIDDEN_NAME, TOKEN_NAME
+from deploy.targets import Target
 from rolora.decoder import BlockNames
 from rolora.fold import norms_and_readers
 from rolora.kronecker import Rotation
@@ -134,9 +135,18 @@ class DecoderGraph:
             self.graph,
             mask,
             self.config,
-            input_ids if rotates else None,
+            input_ids,
             self.dtype,
+            positions=rotates,
+            scores=self._scores,
         )
+
+    @property
+    def _scores(self) -> Scores:
+        """How attention computes scores; with a cap ONNX Runtime holds them whole by itself."""
+        if self.form.target is Target.CUDA or self.computed.attention_cap is not None:
+            return Scores.TILED
+        return Scores.WHOLE if self.form.file == TOKEN_NAME else Scores.WHOLE_IF_FEW
 
     @property
     def _hidden_shape(self) -> tuple[str, str, int]:

@@ -375,13 +375,15 @@ def copy_companions(checkpoint: AnyCheckpoint, directory: Path) -> None:
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:
-    """Return how often each operator occurs in the graph, the most frequent first."""
-    return _most_frequent_first(Counter(node.op_type for node in model.graph))
+    """Return how often each operator occurs, in branches too, the most frequent first."""
+    return _most_frequent_first(Counter(node.op_type for node in model.graph.all_nodes()))
 
 
 def count_domains(model: ir.Model) -> dict[str, int]:
     """Return how many nodes of the graph each domain has, the most frequent first."""
-    return _most_frequent_first(Counter(node.domain or "ai.onnx" for node in model.graph))
+    return _most_frequent_first(
+        Counter(node.domain or "ai.onnx" for node in model.graph.all_nodes())
+    )
 
 
 def _most_frequent_first(counts: Mapping[str, int]) -> dict[str, int]:

@@ -35,6 +35,7 @@ class GraphBuilder:
         self._optional_inputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._domains = {""}
 
     def constant(self, value: np.ndarray | np.generic) -> ir.Value:
         """Return an initializer for a small array; equal arrays share one."""
@@ -121,10 +122,56 @@ class GraphBuilder:
         values = [
             ir.Value(name="" if suffix is None else f"{name}/output{suffix}") for suffix in outputs
         ]
+        self._domains.add(domain)
         self._nodes.append(
             ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
         )
         return tuple(values)
+
+    def choice(
+        self,
+        condition: ir.Value,
+        op_type: str,
+        inputs: Mapping[str, Sequence[ir.Value | None]],
+        name: str,
+        *,
+        domain: str = "",
+        outputs: Mapping[str, ir.DataType],
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """Add an operator that gets other inputs where a condition holds than where it does not.
+
+        Args:
+            condition: bool scalar.
+            op_type: Operator, as ONNX spells it.
+            inputs: Two names for its forms, the one for true first, and the inputs of each.
+            name: Start of the nodes' names; the values are named after it.
+            domain: Operator domain.
+            outputs: A suffix per output, and its type.
+            **attributes: Attributes of the operator.
+
+        Returns:
+            A value per output.
+        """
+        branches = []
+        for form, given in inputs.items():
+            inner = f"{name}/{form}"
+            values = [
+                ir.Value(name=f"{inner}/output{suffix}", type=ir.TensorType(dtype))
+                for suffix, dtype in outputs.items()
+            ]
+            node = ir.node(op_type, given, attributes, domain=domain, outputs=values, name=inner)
+            branches.append(ir.Graph([], values, nodes=[node], name=inner))
+        self._domains.add(domain)
+        then, otherwise = branches
+        return self.node(
+            "If",
+            [condition],
+            name,
+            outputs=list(outputs),
+            then_branch=then,
+            else_branch=otherwise,
+        )
 
     def value(
         self,
@@ -145,14 +192,13 @@ class GraphBuilder:
             inputs: Graph inputs, typed; the optional ones come behind them.
             outputs: Graph outputs, typed and named.
         """
-        domains = {node.domain for node in self._nodes} - {""}
         opset = max(LATER_OPERATORS.get(node.op_type, OPSET) for node in self._nodes)
         graph = ir.Graph(
             [*inputs, *self._optional_inputs],
             outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": opset} | dict.fromkeys(sorted(domains), 1),
+            opset_imports={"": opset} | dict.fromkeys(sorted(self._domains - {""}), 1),
             name=self._name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="rolora")

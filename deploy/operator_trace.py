@@ -22,6 +22,8 @@ from deploy.errors import ArtifactError
 BYTE_PRODUCTS = ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul")
 FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
 BLOCK_PRODUCT = "MatMulNBits"
+BRANCHES = ("If",)
+"""Their time is that of the operators within, which are recorded too."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def read_runs(file: Path) -> list[GraphRun]:
         for event in events:
             if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
                 arguments = event["args"]
+                if arguments["op_name"] in BRANCHES:
+                    continue
                 nodes[bisect_right(starts, event["ts"]) - 1].append(
                     NodeEvent(
                         event["name"].removesuffix("_kernel_time"),

@@ -202,7 +202,8 @@ def test_another_configuration_lies_outside_the_bound(
 def test_the_graph_is_lean(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama", None, {"num_hidden_layers": 3})
     operators = case.report.to_dict()["operators"]
-    assert operators["GroupQueryAttention"] == 3
+    assert operators["GroupQueryAttention"] == 2 * 3, "with whole scores and with blocks of them"
+    assert operators["If"] == 3
     assert operators["SkipSimplifiedLayerNormalization"] == 2 * 3
     assert operators["SimplifiedLayerNormalization"] == 1
     # packed qkv, output, gate, up, down, and two for R4; the head
@@ -241,8 +242,8 @@ def test_rotary_tables_equal_transformers_own(rope: dict[str, Any]) -> None:
 def tables_at_load(config: LlamaConfig, dtype: ir.DataType = ir.DataType.FLOAT) -> list[np.ndarray]:
     """Return cos and sin as ONNX Runtime computes them from what a graph says."""
     graph = GraphBuilder("tables")
-    mask = graph_value("mask", ir.DataType.INT64, (1, "length"))
-    tables = attention_inputs(graph, mask, config, dtype=dtype).rotary[None]
+    mask, ids = (graph_value(name, ir.DataType.INT64, (1, "length")) for name in ("mask", "ids"))
+    tables = attention_inputs(graph, mask, config, ids, dtype).rotary[None]
     outputs = [
         name_output(table, name, dtype, ("context", "half"))
         for table, name in zip(tables, ("cos", "sin"), strict=True)
@@ -264,8 +265,8 @@ def test_rotary_tables_of_a_long_context_are_computed_and_not_stored() -> None:
         assert computed.dtype == np.float16
         np.testing.assert_allclose(computed, stored, rtol=0, atol=2**-11)
     graph = GraphBuilder("tables")
-    mask = graph_value("mask", ir.DataType.INT64, (1, "length"))
-    inputs = attention_inputs(graph, mask, config)
+    mask, ids = (graph_value(name, ir.DataType.INT64, (1, "length")) for name in ("mask", "ids"))
+    inputs = attention_inputs(graph, mask, config, ids)
     model = graph.build([mask], list(inputs.rotary[None]))
     assert sum(value.const_value.nbytes for value in model.graph.initializers.values()) < 1024
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -51,6 +52,32 @@ def test_lazy_weights_are_read_while_the_model_is_saved_and_the_graph_runs(tmp_p
     session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     given = np.eye(3, 64, dtype=np.float32)
     np.testing.assert_array_equal(session.run(["y"], {"x": given})[0], given @ weight + 0.5)
+
+
+def test_a_choice_runs_one_operator_with_the_inputs_of_its_condition(tmp_path: Path) -> None:
+    graph = GraphBuilder("g")
+    x = graph_value("x", ir.DataType.FLOAT, ("rows", 2))
+    many = graph_value("many", ir.DataType.BOOL, ())
+    small, great = (graph.constant(np.float32(number)) for number in (0, 3))
+    y, mask = graph.choice(
+        many,
+        "Dropout",
+        {"kept": [x, small], "scaled": [graph.value("Mul", [x, great], "Mul")]},
+        "choice",
+        outputs={"": ir.DataType.FLOAT, "_mask": ir.DataType.BOOL},
+    )
+    outputs = [
+        name_output(y, "y", ir.DataType.FLOAT, ("rows", 2)),
+        name_output(mask, "mask", ir.DataType.BOOL, ("rows", 2)),
+    ]
+    ir.save(graph.build([x, many], outputs), tmp_path / "m.onnx")
+    onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    given = np.ones((4, 2), np.float32)
+    for condition, factor in ((True, 1), (False, 3)):
+        found, kept = session.run(["y", "mask"], {"x": given, "many": np.array(condition)})
+        np.testing.assert_array_equal(found, factor * given)
+        assert kept.all()
 
 
 def test_an_optional_input_takes_its_default_where_nothing_is_fed(tmp_path: Path) -> None:

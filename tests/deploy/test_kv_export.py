@@ -17,6 +17,7 @@ from deploy.kernels import Kernel
 from deploy.run import Sampling, TextGenerator
 from deploy.session import OnnxDecoder
 from tests.deploy.tiny_artifacts import (
+    attention_nodes,
     make_checkpoint,
     make_export,
     put_fault_in_export,
@@ -151,8 +152,8 @@ def wrong_scale(graph: onnx.ModelProto) -> None:
 
 
 def swapped_scales(graph: onnx.ModelProto) -> None:
-    node = next(one for one in graph.graph.node if one.op_type == "GroupQueryAttention")
-    node.input[12], node.input[13] = node.input[13], node.input[12]
+    for node in attention_nodes(graph.graph):
+        node.input[12], node.input[13] = node.input[13], node.input[12]
 
 
 def unrotated(graph: onnx.ModelProto) -> None:

@@ -33,6 +33,7 @@ from deploy.parity import (
 from deploy.session import GRAPH_NAME, OnnxDecoder
 from rolora.linear import QuantizedLinear
 from tests.deploy.tiny_artifacts import (
+    attention_nodes,
     make_checkpoint,
     make_export,
     put_fault_in_export,
@@ -177,9 +178,8 @@ def double_one_static_scale(graph: onnx.ModelProto) -> None:
 
 
 def forget_the_rotary_embedding(graph: onnx.ModelProto) -> None:
-    for node in graph.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            next(item for item in node.attribute if item.name == "do_rotary").i = 0
+    for node in attention_nodes(graph.graph):
+        next(item for item in node.attribute if item.name == "do_rotary").i = 0
 
 
 def forget_a_bias(graph: onnx.ModelProto) -> None:

@@ -170,6 +170,17 @@ def make_adapter(model: Path, output: Path, method: str) -> Path:
     return write_adapter(finetune_settings(model, data, method), output)
 
 
+def attention_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the attention of every layer, in all its forms."""
+    found = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            found.append(node)
+        for attribute in node.attribute:
+            found += attention_nodes(attribute.g)
+    return found
+
+
 def put_fault_in_export(
     monkeypatch: pytest.MonkeyPatch, file: str, fault: Callable[[onnx.ModelProto], None]
 ) -> None:
