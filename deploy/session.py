@@ -26,6 +26,7 @@ import onnxruntime as ort
 from deploy.adapter_files import find_adapter, read_adapter_file
 from deploy.errors import ArtifactError, ConfigError
 from deploy.known_tokens import require_known_tokens
+from deploy.lent_arrays import LentArrays
 from deploy.memory import release_free_memory
 
 GRAPH_NAME = "model.onnx"
@@ -120,6 +121,7 @@ class OnnxDecoder:
         types = {value.name: value.type for value in self._prompt.get_inputs()}
         self._cache_dtype = CACHE_DTYPES.get(types.get("past_key_values.0.key", ""), np.float32)
         self._cache: dict[str, ort.OrtValue] = {}
+        self._logits = LentArrays()
         self._bindings: dict[tuple[bool, str], ort.IOBinding] = {}
         """By graph (the prompt's or not) and output. Binding anew costs 3 % of SmolLM2's token."""
         self._mask = np.zeros((0, 0), bool)
@@ -240,7 +242,7 @@ class OnnxDecoder:
                 f"cache: room for {self._batch} sequences of {self._capacity} tokens, "
                 f"asked for {batch} of {held + count}"
             )
-        require_known_tokens(ids, self.vocab_size)
+        require_known_tokens([ids], self.vocab_size)
         if held and lengths is not None:
             raise ConfigError("only prompts, the first tokens after a start, can be padded")
         if held and batch > 1 and count > 1:
@@ -291,12 +293,10 @@ class OnnxDecoder:
             result: np.ndarray = binding.get_outputs()[-1].numpy()
             return result
         # A list of all outputs, one for each buffer of the cache, costs more than the logits.
-        shape = (len(ids), 1, self.vocab_size)
-        logits = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        logits = self._logits.room((len(ids), 1, self.vocab_size))
         binding.bind_ortvalue_output(output, logits)
         session.run_with_iobinding(binding)
-        result = logits.numpy()
-        return result
+        return self._logits.lend(logits)
 
     def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
         """Bind the cache as input and output, and the active adapter; the rest differs by run."""

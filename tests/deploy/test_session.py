@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.errors import ArtifactError, ConfigError
+from deploy.lent_arrays import LentArrays
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME, OnnxDecoder
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
@@ -34,6 +35,49 @@ def test_steps_over_the_cache_equal_the_whole_window(export: Path) -> None:
         parts += [decoder.append(IDS[None, i : i + 1])[0] for i in range(17, 36)]
         parts.append(decoder.append(IDS[None, 36:])[0])  # several tokens over a cache
         np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=1e-4)
+
+
+def test_logits_are_the_callers_as_long_as_any_part_of_them_is_held(export: Path) -> None:
+    with OnnxDecoder(export, threads=1) as decoder:
+        decoder.start(capacity=40)
+        decoder.append(IDS[None, :10])
+        steps = [decoder.append(IDS[None, i : i + 1]) for i in range(10, 20)]  # all held
+        copies = [step.copy() for step in steps]
+        parts = [steps[0][0], steps[1][:, :, 3:7], steps[2].reshape(-1)]
+        expected = [part.copy() for part in parts]
+        del steps
+        places = {decoder.append(IDS[None, i : i + 1]).ctypes.data for i in range(20, 30)}
+        assert len(places) <= 2, "memory that nobody holds is used again"
+        for part, copy in zip(parts, expected, strict=True):
+            np.testing.assert_array_equal(part, copy)
+        decoder.start(capacity=40)
+        decoder.append(IDS[None, :10])
+        for i, copy in zip(range(10, 20), copies, strict=True):
+            logits = decoder.append(IDS[None, i : i + 1])  # the one before is held until here
+            np.testing.assert_array_equal(logits, copy)
+
+
+def test_memory_is_used_again_only_if_nothing_reads_it() -> None:
+    lent = LentArrays()
+    first = lent.lend(lent.room((2, 3)))
+    first[:] = 1
+    place = first.ctypes.data
+    second = lent.lend(lent.room((2, 3)))
+    assert second.ctypes.data != place
+    row = first[0]
+    del first
+    assert lent.lend(lent.room((2, 3))).ctypes.data != place
+    row_copy = row.copy()
+    lent.lend(lent.room((2, 3)))[:] = 2
+    np.testing.assert_array_equal(row, row_copy)
+    del second, row
+    one = lent.lend(lent.room((2, 3)))
+    assert lent.room((3, 2)).shape() == [3, 2], "another shape takes other memory"
+    many = [lent.lend(lent.room((2, 3))) for _ in range(5)]
+    for number, array in enumerate([one, *many]):
+        array[:] = number
+    for number, array in enumerate([one, *many]):
+        assert (array == number).all(), "what is forgotten keeps its memory"
 
 
 def test_a_restart_forgets_what_was_in_the_cache(export: Path) -> None:
