@@ -18,7 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -65,6 +65,8 @@ class Case:
     """Of the key-value cache, which is calibrated at the start and not trained in."""
     rotation_block: int | None = None
     """Channels that rotations at run time mix; None for all."""
+    static: Literal["all"] | None = None
+    """Calibrated scales for every input; None where there are none but behind norms."""
 
 
 CASES = {
@@ -95,6 +97,13 @@ CASES = {
         kv_bits=8,
         rotation_block=64,
     ),
+    "w8a8-kv8-static": Case(
+        "W8A8",
+        (Round(120, 1e-4, 16, seed=1),),
+        kv_bits=8,
+        rotation_block=64,
+        static="all",
+    ),
 }
 """A step is two packed rows of 512 tokens."""
 
@@ -119,6 +128,7 @@ def train(arguments: argparse.Namespace) -> None:
                 shared_table=case.table_bits is not None,
                 embedding_bits=case.table_bits or 8,
                 head_bits=case.table_bits or 8,
+                static=case.static,
             ),
             arguments.calibration,
             equalize=case.equalize,
