@@ -99,7 +99,7 @@ CASES = {
     ),
     "w8a8-kv8-static": Case(
         "W8A8",
-        (Round(120, 1e-4, 16, seed=1),),
+        (Round(120, 2e-4, 32, seed=1),),
         kv_bits=8,
         rotation_block=64,
         static="all",
