@@ -14,13 +14,12 @@ from deploy.session import HIDDEN_NAME, PORTABLE_OPTIONS, PROMPT_NAME, TOKEN_NAM
 from deploy.targets import Target
 from rolora.decoder import DecoderNames
 
-PROMPT_CHUNK = 128
+PROMPT_CHUNK = 256
 """Tokens of a prompt that go through the model at a time, on a CPU.
 
-Attention multiplies a chunk by the tokens up to its end only, not by all of the prompt.
+Attention multiplies a chunk by the tokens up to its end only, not by all of the prompt; but every
+chunk reads all weights, and makes the tokens before it float32 again if the cache has 8 bits.
 """
-ROUNDED_CHUNK = 256
-"""The same over a cache of 8 bits, where each chunk makes the tokens before it float32 again."""
 PIPELINE_TYPE = "decoder-pipeline"
 """Model type under which onnxruntime-genai runs a graph per phase over one cache."""
 
@@ -44,7 +43,6 @@ def genai_config(
     """
     target = forms[0].target
     decoders = [form for form in forms if not form.head_only]
-    chunk = ROUNDED_CHUNK if any(form.float_attention for form in forms) else PROMPT_CHUNK
     generation = _generation_config(config, directory)
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
@@ -99,7 +97,7 @@ def genai_config(
             "max_length": context_length(config),
             "past_present_share_buffer": target is not Target.QDQ,
         }
-        | ({} if target in (Target.CUDA, Target.QDQ) else {"chunk_size": chunk}),
+        | ({} if target in (Target.CUDA, Target.QDQ) else {"chunk_size": PROMPT_CHUNK}),
     }
 
 

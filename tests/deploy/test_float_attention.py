@@ -205,7 +205,7 @@ def test_next_tokens_read_the_integers_however_many_sequences_there_are(
 
 
 def test_stock_genai_shares_the_cache_between_the_graphs(exports: dict[Kernel, Path]) -> None:
-    prompt, count = np.resize(IDS[1:], 200), 12  # two chunks
+    prompt, count = np.resize(IDS[1:], 300), 12  # two chunks
     tokens: list[int] = []
     with OnnxDecoder(exports[Kernel.AUTO]) as decoder:
         decoder.start(capacity=len(prompt) + count)
