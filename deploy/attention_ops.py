@@ -14,8 +14,8 @@ float cache            the operator applies the rotary embedding itself; R3 woul
                        present are one buffer
 
 On a CPU the operator computes scores by blocks, unless it is given sinks. It is faster without
-blocks, so single tokens get sinks that change nothing (`WholeScores`). Prompts have both forms
-under an If, since their scores can take much memory.
+blocks in prompts and batches, and as fast elsewhere, so single tokens get sinks that change nothing
+(`WholeScores`). Prompts have both forms under an If, since their scores can take much memory.
 """
 
 from __future__ import annotations
@@ -163,8 +163,9 @@ def _group_query_attention(
     return graph.choice(
         whole.few,
         "GroupQueryAttention",
-        {"whole": inputs(whole.no_sink), "tiled": inputs(None)},
+        (inputs(whole.no_sink), inputs(None)),
         name,
+        forms=("whole", "tiled"),
         domain=MICROSOFT,
         outputs={"": ir.DataType.FLOAT} | dict.fromkeys(PRESENT, cache),
         **attributes,

@@ -90,19 +90,12 @@ class DecoderGraph:
             "attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length")
         )
         inputs, outputs = [input_ids, mask], []
-        self._prepare_attention(input_ids, mask)
+        caches = self._caches()
+        self._prepare_attention(input_ids, mask, caches[0][0])
         stream, delta = self._embed(input_ids), None
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
         cache = ("batch_size", names.num_key_value_heads)
-        for layer, block in enumerate(names.blocks):
-            past = [
-                graph_value(
-                    f"past_key_values.{layer}.{part}",
-                    self.cache_dtype,
-                    (*cache, "past_sequence_length", names.head_dim),
-                )
-                for part in ("key", "value")
-            ]
+        for layer, (block, past) in enumerate(zip(names.blocks, caches, strict=True)):
             inputs += past
             normed, stream = self._norm(block.attention_norm, stream, delta)
             delta, present = self._attention(
@@ -128,7 +121,19 @@ class DecoderGraph:
         hidden = graph_value(HIDDEN_NAME, self.dtype, self._hidden_shape)
         return self.graph.build([hidden], [self._head(hidden, "sequence_length")])
 
-    def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value) -> None:
+    def _caches(self) -> list[list[ir.Value]]:
+        """Return the inputs that hold past keys and values, by layer."""
+        names = self.names
+        shape = "batch_size", names.num_key_value_heads, "past_sequence_length", names.head_dim
+        return [
+            [
+                graph_value(f"past_key_values.{layer}.{part}", self.cache_dtype, shape)
+                for part in ("key", "value")
+            ]
+            for layer in range(len(names.blocks))
+        ]
+
+    def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value, past_keys: ir.Value) -> None:
         """Add what all attention layers share."""
         rotates = has_rotary_nodes(self.checkpoint, in_float=self.form.float_attention)
         self._shared: AttentionInputs = attention_inputs(
@@ -137,6 +142,7 @@ class DecoderGraph:
             self.config,
             input_ids,
             self.dtype,
+            past=None if self.form.float_attention else past_keys,
             positions=rotates,
             scores=self._scores,
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, partial
@@ -374,16 +374,23 @@ def copy_companions(checkpoint: AnyCheckpoint, directory: Path) -> None:
             shutil.copyfile(checkpoint.directory / name, copy)
 
 
+def _nodes_of_a_run(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Yield the nodes of a graph, and of an If those of one branch."""
+    for node in graph:
+        yield node
+        if node.op_type == "If":
+            yield from _nodes_of_a_run(node.attributes["then_branch"].as_graph())
+
+
 def count_operators(model: ir.Model) -> dict[str, int]:
-    """Return how often each operator occurs, in branches too, the most frequent first."""
-    return _most_frequent_first(Counter(node.op_type for node in model.graph.all_nodes()))
+    """Return how often each operator occurs in a run, the most frequent first."""
+    return _most_frequent_first(Counter(node.op_type for node in _nodes_of_a_run(model.graph)))
 
 
 def count_domains(model: ir.Model) -> dict[str, int]:
-    """Return how many nodes of the graph each domain has, the most frequent first."""
-    return _most_frequent_first(
-        Counter(node.domain or "ai.onnx" for node in model.graph.all_nodes())
-    )
+    """Return how many nodes of a run each domain has, the most frequent first."""
+    domains = (node.domain or "ai.onnx" for node in _nodes_of_a_run(model.graph))
+    return _most_frequent_first(Counter(domains))
 
 
 def _most_frequent_first(counts: Mapping[str, int]) -> dict[str, int]:

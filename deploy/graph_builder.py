@@ -132,9 +132,10 @@ class GraphBuilder:
         self,
         condition: ir.Value,
         op_type: str,
-        inputs: Mapping[str, Sequence[ir.Value | None]],
+        inputs: tuple[Sequence[ir.Value | None], Sequence[ir.Value | None]],
         name: str,
         *,
+        forms: tuple[str, str],
         domain: str = "",
         outputs: Mapping[str, ir.DataType],
         **attributes: Any,
@@ -144,8 +145,9 @@ class GraphBuilder:
         Args:
             condition: bool scalar.
             op_type: Operator, as ONNX spells it.
-            inputs: Two names for its forms, the one for true first, and the inputs of each.
+            inputs: Those where it holds, and those where it does not.
             name: Start of the nodes' names; the values are named after it.
+            forms: What the operator is called with the first inputs, and with the second.
             domain: Operator domain.
             outputs: A suffix per output, and its type.
             **attributes: Attributes of the operator.
@@ -154,7 +156,7 @@ class GraphBuilder:
             A value per output.
         """
         branches = []
-        for form, given in inputs.items():
+        for form, given in zip(forms, inputs, strict=True):
             inner = f"{name}/{form}"
             values = [
                 ir.Value(name=f"{inner}/output{suffix}", type=ir.TensorType(dtype))

@@ -24,7 +24,7 @@ def require_known_tokens(ids: Iterable[Sequence[int] | np.ndarray], vocab_size: 
     Raises:
         ConfigError: There is such a token; the greatest is named.
     """
-    greatest = max((int(np.max(some)) for some in ids if len(some)), default=0)
+    greatest = max((int(np.max(some)) for some in ids if np.size(some)), default=0)
     if greatest >= vocab_size:
         raise ConfigError(
             f"the text has token {greatest}, and the model's embedding has tokens 0 to "

@@ -21,15 +21,23 @@ class LentArrays:
 
     def __init__(self) -> None:
         self._lent: list[tuple[ort.OrtValue, weakref.ref[np.ndarray]]] = []
+        """Buffers and what was lent of each; others are the callers' alone."""
 
     def room(self, shape: tuple[int, ...]) -> ort.OrtValue:
-        """Return a buffer of a shape, of any content, that no living array lies in."""
-        free = [buffer for buffer, array in self._lent if array() is None]
-        self._lent = [(buffer, array) for buffer, array in self._lent if array() is not None]
-        for buffer in free:
-            if tuple(buffer.shape()) == shape:
-                return buffer
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        """Return a buffer of a shape, of any content: one that is free, or a new one.
+
+        Free buffers of other shapes are given up.
+        """
+        free, alive = None, []
+        for buffer, array in self._lent:
+            if array() is not None:
+                alive.append((buffer, array))
+            elif tuple(buffer.shape()) == shape:
+                free = buffer
+        self._lent = alive
+        return (
+            ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32) if free is None else free
+        )
 
     def lend(self, buffer: ort.OrtValue) -> np.ndarray:
         """Return the content of a buffer as an array in the same memory."""

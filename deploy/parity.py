@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deploy.attention_forms import check_attention_forms
 from deploy.calibration_text import sample_text
 from deploy.checkpoint import Checkpoint
 from deploy.conventions import context_length
@@ -126,6 +127,7 @@ def check_parity(
         ParityError: An integer differs, or an error exceeds its bound.
     """
     exact = check_exact_weights(checkpoint, directory, forms)
+    check_attention_forms(directory, forms)
     prompt = prompt_length(len(ids))
     name = None if adapter is None else adapter.name
     found = _graph_logits(directory, ids, prompt, provider, name)

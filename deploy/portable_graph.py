@@ -50,7 +50,7 @@ class PortableGraph(DecoderGraph):
         self._inputs = RoundedInputs(self.graph, checkpoint)
         self._bias: dict[int | None, ir.Value] = {}
 
-    def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value) -> None:
+    def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value, past_keys: ir.Value) -> None:
         """Add positions, the rotary embedding's factors and the mask of each window size."""
         graph = self.graph
         one, zero = graph.constant(np.int64(1)), graph.constant(np.int64(0))

@@ -179,9 +179,10 @@ class OnnxDecoder:
         return self._directory / self._prompt_name, self._directory / token
 
     def close(self) -> None:
-        """Release the cache."""
+        """Release the cache, and the memory of logits that nobody holds."""
         self._bindings.clear()
         self._cache.clear()
+        self._logits = LentArrays()
 
     def start(self, capacity: int, batch: int = 1) -> None:
         """Empty the cache and make room for a number of tokens.

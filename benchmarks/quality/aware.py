@@ -66,7 +66,7 @@ class Case:
     rotation_block: int | None = None
     """Channels that rotations at run time mix; None for all."""
     static: Literal["all"] | None = None
-    """Calibrated scales for every input; None where there are none but behind norms."""
+    """Of `--static`: calibrated scales for every input; None is the scheme's default."""
 
 
 CASES = {

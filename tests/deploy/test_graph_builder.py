@@ -62,8 +62,9 @@ def test_a_choice_runs_one_operator_with_the_inputs_of_its_condition(tmp_path: P
     y, mask = graph.choice(
         many,
         "Dropout",
-        {"kept": [x, small], "scaled": [graph.value("Mul", [x, great], "Mul")]},
+        ([x, small], [graph.value("Mul", [x, great], "Mul")]),
         "choice",
+        forms=("kept", "scaled"),
         outputs={"": ir.DataType.FLOAT, "_mask": ir.DataType.BOOL},
     )
     outputs = [

@@ -36,7 +36,7 @@ def write(path: Path, *words: str) -> str:
 
 
 def test_the_greatest_is_named() -> None:
-    require_known_tokens([[], [0, 9], np.array([[3], [4]])], 10)
+    require_known_tokens([[], [0, 9], np.array([[3], [4]]), np.zeros((1, 0), int)], 10)
     with pytest.raises(ConfigError, match=r"has token 11, and .* tokens 0 to 9"):
         require_known_tokens([[0, 9], np.array([[3], [11]])], 10)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.errors import ArtifactError, ConfigError
-from deploy.lent_arrays import LentArrays
+from deploy.lent_arrays import BUFFERS_KEPT, LentArrays
 from deploy.session import GENAI_CONFIG_NAME, GRAPH_NAME, OnnxDecoder
 from tests.deploy.tiny_artifacts import make_checkpoint, make_export, save_model
 
@@ -46,38 +46,58 @@ def test_logits_are_the_callers_as_long_as_any_part_of_them_is_held(export: Path
         parts = [steps[0][0], steps[1][:, :, 3:7], steps[2].reshape(-1)]
         expected = [part.copy() for part in parts]
         del steps
-        places = {decoder.append(IDS[None, i : i + 1]).ctypes.data for i in range(20, 30)}
-        assert len(places) <= 2, "memory that nobody holds is used again"
+        places = []
+        for i in range(20, 30):
+            logits = decoder.append(IDS[None, i : i + 1])  # the one before is held until here
+            places.append(logits.ctypes.data)
+        assert len(set(places)) == 2
+        assert places[::2] == places[:1] * 5, "memory that nobody holds is used again"
         for part, copy in zip(parts, expected, strict=True):
             np.testing.assert_array_equal(part, copy)
         decoder.start(capacity=40)
         decoder.append(IDS[None, :10])
         for i, copy in zip(range(10, 20), copies, strict=True):
-            logits = decoder.append(IDS[None, i : i + 1])  # the one before is held until here
+            logits = decoder.append(IDS[None, i : i + 1])
             np.testing.assert_array_equal(logits, copy)
 
 
 def test_memory_is_used_again_only_if_nothing_reads_it() -> None:
     lent = LentArrays()
     first = lent.lend(lent.room((2, 3)))
-    first[:] = 1
     place = first.ctypes.data
     second = lent.lend(lent.room((2, 3)))
     assert second.ctypes.data != place
     row = first[0]
     del first
-    assert lent.lend(lent.room((2, 3))).ctypes.data != place
-    row_copy = row.copy()
-    lent.lend(lent.room((2, 3)))[:] = 2
-    np.testing.assert_array_equal(row, row_copy)
-    del second, row
-    one = lent.lend(lent.room((2, 3)))
-    assert lent.room((3, 2)).shape() == [3, 2], "another shape takes other memory"
-    many = [lent.lend(lent.room((2, 3))) for _ in range(5)]
-    for number, array in enumerate([one, *many]):
+    assert lent.room((2, 3)).numpy().ctypes.data not in (place, second.ctypes.data)
+    row[:] = 1
+    del row
+    assert lent.room((2, 3)).numpy().ctypes.data == place
+    second[:] = 2
+    assert (second == 2).all()
+
+
+def test_memory_of_another_shape_is_given_up() -> None:
+    lent = LentArrays()
+    lent.lend(lent.room((2, 3)))  # free at once
+    assert tuple(lent.room((3, 2)).shape()) == (3, 2)
+    assert not lent._lent
+
+
+def test_a_few_buffers_are_kept_and_the_others_are_the_callers() -> None:
+    lent = LentArrays()
+    held = [lent.lend(lent.room((2, 3))) for _ in range(5)]
+    assert len(lent._lent) == BUFFERS_KEPT
+    for number, array in enumerate(held):
         array[:] = number
-    for number, array in enumerate([one, *many]):
-        assert (array == number).all(), "what is forgotten keeps its memory"
+    places = [array.ctypes.data for array in held]
+    assert len(set(places)) == 5
+    held = held[3:]
+    del array
+    fresh = lent.lend(lent.room((2, 3)))
+    assert fresh.ctypes.data not in places[3:]
+    fresh[:] = 9
+    assert [array[0, 0] for array in held] == [3, 4]
 
 
 def test_a_restart_forgets_what_was_in_the_cache(export: Path) -> None:

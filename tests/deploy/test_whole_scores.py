@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,23 @@ import pytest
 from onnx import numpy_helper
 
 import deploy.attention_inputs
+from deploy.attention_forms import SINK
+from deploy.errors import ParityError
 from deploy.kernels import Kernel
 from deploy.operator_trace import read_runs
 from deploy.session import GRAPH_NAME, PROMPT_NAME, TOKEN_NAME, OnnxDecoder
 from deploy.targets import Target
-from tests.deploy.tiny_artifacts import attention_nodes, make_checkpoint, make_export, save_model
+from tests.deploy.tiny_artifacts import (
+    attention_nodes,
+    make_checkpoint,
+    make_export,
+    put_fault_in_export,
+    save_model,
+)
 
 IDS = np.arange(60, dtype=np.int64) * 5 % 60
 MODEL = {"max_position_embeddings": 512}
 BOUND = "WHOLE_SCORES_BYTES"
-SINK = 11
-"""Which input of the operator the sinks are."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,14 @@ def logits(export: Path) -> list[np.ndarray]:
     return found
 
 
+def weigh_sinks(graph: onnx.ModelProto) -> None:
+    """Let the sinks be 0, which takes a share of every softmax."""
+    inputs = [node.input for node in attention_nodes(graph.graph)]
+    sinks = {names[SINK] for names in inputs if len(names) > SINK} - {""}
+    (tensor,) = (one for one in graph.graph.initializer if one.name in sinks)
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
+
+
 def test_both_forms_give_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,9 +96,7 @@ def test_a_sink_that_weighs_something_changes_the_result(checkpoint: Path, tmp_p
     before = logits(tmp_path / "onnx")
     path = tmp_path / "onnx" / GRAPH_NAME
     graph = onnx.load(path, load_external_data=False)
-    sinks = {node.input[SINK] for node in attention_nodes(graph.graph) if len(node.input) > SINK}
-    (tensor,) = (one for one in graph.graph.initializer if one.name in sinks)
-    tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
+    weigh_sinks(graph)
     path.write_bytes(graph.SerializeToString())
     for one, other in zip(before, logits(tmp_path / "onnx"), strict=True):
         assert np.abs(one - other).max() > 1e-2
@@ -93,19 +106,80 @@ def test_scores_are_whole_up_to_their_bound(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads, float_bytes = 4, 4
-    monkeypatch.setattr(deploy.attention_inputs, BOUND, 2 * 10 * 20 * heads * float_bytes)
+    monkeypatch.setattr(deploy.attention_inputs, BOUND, 400 * heads * float_bytes)
     make_export(checkpoint, tmp_path / "onnx")
+    expected = []
     with OnnxDecoder(tmp_path / "onnx", threads=1, profiles=tmp_path) as decoder:
-        for batch, prompt, more in ((1, 20, 10), (2, 14, 0), (2, 15, 1), (1, 21, 0), (1, 20, 1)):
-            decoder.start(capacity=40, batch=batch)
-            decoder.append(np.tile(IDS[:prompt], (batch, 1)))
-            if more:
-                decoder.append(np.tile(IDS[prompt : prompt + more], (batch, 1)))
+        # Scores have a column for each of the buffer's, whether it holds a token or not.
+        for batch, capacity, tokens, form in (
+            (1, 20, [20], ["whole"]),
+            (1, 21, [20, 1], ["tiled", "whole"]),
+            (2, 14, [14], ["whole"]),
+            (2, 15, [14, 1], ["tiled", "whole"]),
+            (1, 40, [10, 10], ["whole", "whole"]),
+            (1, 41, [10, 9], ["tiled", "whole"]),
+        ):
+            decoder.start(capacity=capacity, batch=batch)
+            for count in tokens:
+                decoder.append(np.tile(IDS[:count], (batch, 1)))
+            expected += form
         record, _ = decoder.end_profiling()
-    few = [20 * 20, 10 * 30, 2 * 14 * 14, 2 * 15 * 15, 2 * 16, 21 * 21, 20 * 20, 21]
-    expected = ["whole" if count <= 2 * 10 * 20 else "tiled" for count in few]
-    assert expected.count("tiled") == 2
     assert forms(record) == forms(record, layer=1) == expected
+
+
+@pytest.mark.parametrize(("capacity", "prompt", "form"), [(512, 20, "whole"), (22, 21, "tiled")])
+def test_prompts_over_an_integer_cache_count_the_tokens_alone(
+    rounded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capacity: int,
+    prompt: int,
+    form: str,
+) -> None:
+    monkeypatch.setattr(deploy.attention_inputs, BOUND, 20 * 20 * 4 * 4)
+    make_export(rounded, tmp_path / "onnx", Kernel.AUTO)
+    with OnnxDecoder(tmp_path / "onnx", threads=1, profiles=tmp_path) as decoder:
+        decoder.start(capacity=capacity)
+        decoder.append(IDS[None, :prompt], last_only=True)
+        decoder.append(IDS[None, :1])
+        record, _ = decoder.end_profiling()
+    assert forms(record) == [form]
+
+
+def rotary_forgotten(node: onnx.NodeProto) -> None:
+    next(item for item in node.attribute if item.name == "do_rotary").i = 0
+
+
+def key_for_value(node: onnx.NodeProto) -> None:
+    node.input[4] = node.input[3]
+
+
+def with_a_sink(node: onnx.NodeProto) -> None:
+    node.input.extend([""] * (SINK - len(node.input)) + [node.input[7]])
+
+
+@pytest.mark.parametrize("fault", [rotary_forgotten, key_for_value, with_a_sink])
+def test_a_fault_in_the_form_that_parity_does_not_run_is_found(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[onnx.NodeProto], None],
+) -> None:
+    def spoil(graph: onnx.ModelProto) -> None:
+        fault(next(node for node in attention_nodes(graph.graph) if node.name.endswith("tiled")))
+
+    put_fault_in_export(monkeypatch, GRAPH_NAME, spoil)
+    with pytest.raises(ParityError, match=r"two forms of .*layers.0.* differ in more than"):
+        make_export(checkpoint, tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("name", [PROMPT_NAME, TOKEN_NAME])
+def test_a_sink_that_weighs_something_is_refused(
+    rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    put_fault_in_export(monkeypatch, name, weigh_sinks)
+    with pytest.raises(ParityError, match=rf"{name}: the sinks of .*layers.0.* weigh something"):
+        make_export(rounded, tmp_path / "onnx", Kernel.AUTO)
 
 
 def test_a_graph_of_single_tokens_needs_no_branch(rounded: Path, tmp_path: Path) -> None:
