@@ -232,9 +232,9 @@ class OnnxDecoder:
             Logits, float32 [B, T, vocab_size], or [B, 1, vocab_size] with `last_only`.
 
         Raises:
-            ConfigError: The cache has no room for them, the model does not know one of them, or
-                several sequences would go on by more than a token each, which ONNX Runtime cannot
-                do.
+            ConfigError: There are none, the cache has no room for them, the model does not know one
+                of them, or several sequences would go on by more than a token each, which ONNX
+                Runtime cannot do.
         """
         batch, count = ids.shape
         held = int(self._lengths.max(initial=0)) if self._shares_buffer else self._mask.shape[1]
@@ -243,6 +243,8 @@ class OnnxDecoder:
                 f"cache: room for {self._batch} sequences of {self._capacity} tokens, "
                 f"asked for {batch} of {held + count}"
             )
+        if not count:
+            raise ConfigError("no tokens to append: each sequence goes on by one at least")
         require_known_tokens([ids], self.vocab_size)
         if held and lengths is not None:
             raise ConfigError("only prompts, the first tokens after a start, can be padded")

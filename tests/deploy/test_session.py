@@ -134,6 +134,8 @@ def test_what_does_not_fit_is_refused(export: Path) -> None:
         decoder.append(IDS[None, :3])
         with pytest.raises(ConfigError, match="room for 1 sequences of 4 tokens, asked for 1 of 5"):
             decoder.append(IDS[None, :2])
+        with pytest.raises(ConfigError, match="no tokens to append"):
+            decoder.append(IDS[None, :0])
         with pytest.raises(ConfigError, match="asked for 2 of"):
             decoder.append(np.stack([IDS[:1], IDS[:1]]))
         assert decoder.append(IDS[None, :1]).shape == (1, 1, 262)
