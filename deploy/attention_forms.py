@@ -6,7 +6,7 @@ the two must be one operator with one set of inputs, but for sinks that weigh no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +49,9 @@ def _only_node(node: ir.Node, branch: str) -> ir.Node:
 def _described(node: ir.Node) -> tuple[object, ...]:
     """Return what a node computes, but for its sinks."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    return node.op_type, node.domain, attributes, list(_inputs_but_sinks(node))
-
-
-def _inputs_but_sinks(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
-    for index, value in enumerate(node.inputs):
-        if value is not None and index != SINK:
-            yield index, value
+    inputs = {at: value for at, value in enumerate(node.inputs) if value is not None}
+    inputs.pop(SINK, None)
+    return node.op_type, node.domain, attributes, inputs
 
 
 def _sink(node: ir.Node) -> ir.Value | None:

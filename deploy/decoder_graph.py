@@ -94,7 +94,7 @@ class DecoderGraph:
         self._prepare_attention(input_ids, mask, caches[0][0])
         stream, delta = self._embed(input_ids), None
         head_norms = qk_norms(self.config) or (None,) * len(names.blocks)
-        cache = ("batch_size", names.num_key_value_heads)
+        cache_shape = self._cache_shape("total_sequence_length")
         for layer, (block, past) in enumerate(zip(names.blocks, caches, strict=True)):
             inputs += past
             normed, stream = self._norm(block.attention_norm, stream, delta)
@@ -102,9 +102,8 @@ class DecoderGraph:
                 block, head_norms[layer], normed, past, self.computed.layers[layer]
             )
             for part, value in zip(("key", "value"), present, strict=True):
-                shape = (*cache, "total_sequence_length", names.head_dim)
                 outputs.append(
-                    name_output(value, f"present.{layer}.{part}", self.cache_dtype, shape)
+                    name_output(value, f"present.{layer}.{part}", self.cache_dtype, cache_shape)
                 )
             delta = self._post_norm(block.attention_post_norm, delta)
             normed, stream = self._norm(block.mlp_norm, stream, delta)
@@ -123,15 +122,17 @@ class DecoderGraph:
 
     def _caches(self) -> list[list[ir.Value]]:
         """Return the inputs that hold past keys and values, by layer."""
-        names = self.names
-        shape = "batch_size", names.num_key_value_heads, "past_sequence_length", names.head_dim
+        shape = self._cache_shape("past_sequence_length")
         return [
             [
                 graph_value(f"past_key_values.{layer}.{part}", self.cache_dtype, shape)
                 for part in ("key", "value")
             ]
-            for layer in range(len(names.blocks))
+            for layer in range(len(self.names.blocks))
         ]
+
+    def _cache_shape(self, columns: str) -> tuple[str, int, str, int]:
+        return "batch_size", self.names.num_key_value_heads, columns, self.names.head_dim
 
     def _prepare_attention(self, input_ids: ir.Value, mask: ir.Value, past_keys: ir.Value) -> None:
         """Add what all attention layers share."""
